@@ -1,0 +1,1 @@
+//! Causal attention with rotary positions and a Transformer forecaster for Burn.

@@ -1,0 +1,1 @@
+//! Selective state-space layers (Mamba-1 and Mamba-2) for Burn.

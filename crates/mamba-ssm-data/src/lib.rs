@@ -1,0 +1,1 @@
+//! Windowed time series: CSV to normalised Parquet shards to masked batches.

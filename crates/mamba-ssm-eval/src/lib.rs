@@ -1,0 +1,1 @@
+//! Forecast evaluation: metrics, naive forecasters, skill, plots and reports.
