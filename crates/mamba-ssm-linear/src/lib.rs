@@ -1,1 +1,27 @@
-//! Token projections for Burn with fast weight gradients: many tokens, few features in and out.
+//! Token projections for Burn: `[tokens, d_input] x [d_input, d_output]` where the tokens are many
+//! (tens of thousands) and the features few (tens to hundreds).
+//!
+//! Sequence models spend much of a training step in such projections. What makes them special is the
+//! *weight gradient*: a product whose inner dimension is the number of tokens. This crate is the one
+//! place that decides how those products are computed, so that every layer built on it gets the same
+//! speed. It is a leaf: it knows tensors and nothing else.
+//!
+//! ```
+//! use burn::tensor::{Device, Distribution, Tensor};
+//! use mamba_ssm_linear::LinearConfig;
+//!
+//! let device = Device::default();
+//! let projection = LinearConfig::new(64, 656).with_bias(false).init(&device);
+//! let tokens = Tensor::<3>::random([2, 128, 64], Distribution::Default, &device);
+//! assert_eq!(projection.forward(tokens).dims(), [2, 128, 656]);
+//! ```
+//!
+//! # Features
+//!
+//! `flex` (default, pure Rust CPU), `cuda`, `rocm`, `metal`, `vulkan`, `wgpu` and `cpu` forward to Burn's.
+
+mod linear;
+pub mod ops;
+
+pub use linear::{Linear, LinearConfig};
+pub use ops::project::project;

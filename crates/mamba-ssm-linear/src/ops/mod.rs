@@ -1,0 +1,3 @@
+//! The operators, one room each.
+
+pub mod project;
