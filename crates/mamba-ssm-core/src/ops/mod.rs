@@ -1,0 +1,10 @@
+//! The operators, one room each. In every room `mod.rs` holds the public function (shapes, panics,
+//! source equation) and `reference.rs` the definition in tensor operations, differentiable on any
+//! backend.
+
+pub mod causal_conv1d;
+pub mod gated_rms_norm;
+pub mod selective_scan;
+pub mod ssd;
+
+mod precision;
