@@ -1,0 +1,146 @@
+//! Which probabilities dropout keeps: a hash of the seed and the position.
+//!
+//! A row key (seed, batch, head, query) and a column key (seed, key position), 30 bits each and well
+//! mixed on the host, are joined by exclusive or and sent through a Feistel network of 15-bit halves.
+//! No product in it exceeds 31 bits, so the same few integer operations give the same mask in 32-bit
+//! kernels, in vectorised Rust and in tensor operations of any integer width.
+
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+
+use super::AttentionDropout;
+
+const HALF_BITS: u32 = 15;
+const HALF_MASK: u32 = (1 << HALF_BITS) - 1;
+const KEY_MASK: u32 = (1 << (2 * HALF_BITS)) - 1;
+/// Odd 16-bit multipliers of the rounds; the middle bits of the product are the round's output.
+const ROUNDS: [u32; 4] = [0xb5a9, 0xd1f3, 0x9e37, 0xc2b3];
+const SHIFT: u32 = 9;
+
+/// A position is kept when its hash is below this.
+pub(crate) fn threshold(dropout: &AttentionDropout) -> u32 {
+    ((1.0 - dropout.prob) * f64::from(KEY_MASK + 1)).round() as u32
+}
+
+/// SplitMix64's finaliser (Steele et al., 2014).
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// Key of one query; `plane` is `batch index * heads + head`.
+pub(crate) fn row_key(seed: u64, plane: usize, i: usize) -> u32 {
+    (mix(mix(seed ^ 0x9e37_79b9_7f4a_7c15) ^ ((plane as u64) << 32 | i as u64)) as u32) & KEY_MASK
+}
+
+/// Key of one key position.
+pub(crate) fn column_key(seed: u64, j: usize) -> u32 {
+    (mix(mix(seed ^ 0x3c6e_f372_fe94_f82b) ^ j as u64) as u32) & KEY_MASK
+}
+
+/// The hash of a position, below `2^30`.
+#[inline(always)]
+pub(crate) fn hash(row: u32, column: u32) -> u32 {
+    let x = row ^ column;
+    let (mut left, mut right) = (x >> HALF_BITS, x & HALF_MASK);
+    for k in ROUNDS {
+        (left, right) = (right, left ^ (((right * k) >> SHIFT) & HALF_MASK));
+    }
+    (left << HALF_BITS) | right
+}
+
+/// `true` where a probability is dropped: `[batch, heads, rows, columns]` for the given ranges.
+pub(crate) fn dropped(
+    dropout: &AttentionDropout,
+    [batch, heads]: [usize; 2],
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
+    device: &Device,
+) -> Tensor<4, Bool> {
+    let keys = |values: Vec<i32>, shape: [usize; 4]| {
+        Tensor::<4, Int>::from_data(TensorData::new(values, shape), device)
+    };
+    let row_keys = (0..batch * heads)
+        .flat_map(|plane| {
+            rows.clone()
+                .map(move |i| row_key(dropout.seed, plane, i) as i32)
+        })
+        .collect();
+    let column_keys = columns
+        .clone()
+        .map(|j| column_key(dropout.seed, j) as i32)
+        .collect();
+    let shape = [batch, heads, rows.len(), columns.len()];
+    let x = keys(row_keys, [batch, heads, rows.len(), 1])
+        .expand(shape)
+        .bitwise_xor(keys(column_keys, [1, 1, 1, columns.len()]).expand(shape));
+    let mut left = x.clone().bitwise_right_shift_scalar(HALF_BITS as i32);
+    let mut right = x.bitwise_and_scalar(HALF_MASK as i32);
+    for k in ROUNDS {
+        let round = (right.clone() * k as i32)
+            .bitwise_right_shift_scalar(SHIFT as i32)
+            .bitwise_and_scalar(HALF_MASK as i32);
+        (left, right) = (right, left.bitwise_xor(round));
+    }
+    left.bitwise_left_shift_scalar(HALF_BITS as i32)
+        .bitwise_or(right)
+        .greater_equal_elem(threshold(dropout) as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensor_operations_and_rust_agree_on_every_position() {
+        let device = Device::default();
+        let dropout = AttentionDropout { prob: 0.3, seed: 7 };
+        let mask = dropped(&dropout, [2, 3], 5..12, 2..40, &device)
+            .into_data()
+            .convert::<bool>()
+            .try_to_vec::<bool>()
+            .unwrap();
+        let mut n = 0;
+        for plane in 0..6 {
+            for i in 5..12 {
+                for j in 2..40 {
+                    let h = hash(row_key(7, plane, i), column_key(7, j));
+                    assert_eq!(mask[n], h >= threshold(&dropout), "{plane} {i} {j}");
+                    n += 1;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_share_kept_is_right_and_positions_are_unrelated() {
+        let dropout = AttentionDropout {
+            prob: 0.25,
+            seed: 1,
+        };
+        let n = 400;
+        let kept: Vec<Vec<bool>> = (0..n)
+            .map(|i| {
+                (0..n)
+                    .map(|j| hash(row_key(1, 0, i), column_key(1, j)) < threshold(&dropout))
+                    .collect()
+            })
+            .collect();
+        let share = |f: &dyn Fn(usize, usize) -> bool| {
+            let count = (0..n - 1)
+                .flat_map(|i| (0..n - 1).map(move |j| (i, j)))
+                .filter(|&(i, j)| f(i, j))
+                .count();
+            count as f64 / ((n - 1) * (n - 1)) as f64
+        };
+        let close = |got: f64, want: f64| assert!((got - want).abs() < 0.005, "{got} {want}");
+        close(share(&|i, j| kept[i][j]), 0.75);
+        close(share(&|i, j| kept[i][j] && kept[i + 1][j]), 0.75 * 0.75);
+        close(share(&|i, j| kept[i][j] && kept[i][j + 1]), 0.75 * 0.75);
+        // Four corners: what a plain exclusive or of row and column would give away.
+        close(
+            share(&|i, j| kept[i][j] && kept[i + 1][j] && kept[i][j + 1] && kept[i + 1][j + 1]),
+            0.75f64.powi(4),
+        );
+    }
+}
