@@ -1,0 +1,5 @@
+//! Whole runs of a small model, and the golden loss.
+
+mod golden;
+mod runs;
+mod support;
