@@ -1,0 +1,247 @@
+//! Prepared rows and their windows, from a shard set or from memory.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::loader::{Loader, LoaderOptions};
+use crate::prepare::{Plan, mapped};
+use crate::series::RawSeries;
+use crate::shards::{Manifest, ShardReader};
+use crate::transform::{Normalised, Transform};
+use crate::windows::{Split, SplitWindows, WindowOptions};
+use crate::{Error, Result};
+
+/// Normalised rows, their windows and splits. Cheap to clone; may be shared among threads.
+///
+/// ```
+/// use mamba_ssm_data::{Dataset, LoaderOptions, RawSeries, Schema, Split, WindowOptions};
+///
+/// let rows = 200;
+/// let price: Vec<f64> = (0..rows).map(|i| 100.0 + (i % 7) as f64).collect();
+/// let series = RawSeries::from_columns(
+///     Schema::ohlcv(),
+///     (0..rows as i64).map(|i| i * 60).collect(),
+///     vec![price.clone(), price.clone(), price.clone(), price.clone(), price],
+/// )?;
+/// let windows = WindowOptions { length: 8, stride: 2, ..WindowOptions::default() };
+/// let data = Dataset::in_memory(series, &windows)?;
+/// let options = LoaderOptions::new(4).shuffled(7);
+/// for batch in data.loader(Split::Train, &options)? {
+///     let batch = batch?;
+///     assert_eq!(batch.values.len(), batch.batch * batch.length * batch.features);
+/// }
+/// # Ok::<(), mamba_ssm_data::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    transform: Transform,
+    windows: WindowOptions,
+    splits: Vec<SplitWindows>,
+    fitted: Range<usize>,
+    rows: usize,
+    source: Source,
+    resident: Mutex<Option<Arc<Normalised>>>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Memory,
+    Shards(ShardReader),
+}
+
+impl Dataset {
+    /// Opens a shard set. Reads the manifest alone; rows are read when they are asked for.
+    ///
+    /// # Errors
+    ///
+    /// No such folder, no manifest in it, a manifest of another version, a shard that is missing
+    /// or cut short.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let reader = ShardReader::open(folder.as_ref())?;
+        let manifest = reader.manifest.clone();
+        let (start, end) = manifest.fitted_rows;
+        Ok(Self::with(Inner {
+            transform: manifest.transform.clone(),
+            windows: manifest.windows.clone(),
+            splits: manifest.splits.clone(),
+            fitted: start as usize..end as usize,
+            rows: manifest.rows as usize,
+            source: Source::Shards(reader),
+            resident: Mutex::default(),
+        }))
+    }
+
+    /// Does in memory what [`prepare`](crate::prepare) does by way of shards.
+    ///
+    /// # Errors
+    ///
+    /// Too few rows for a window or a split; options that cannot work.
+    pub fn in_memory(series: RawSeries, windows: &WindowOptions) -> Result<Self> {
+        let plan = Plan::of(series, windows)?;
+        let rows = plan.transform.apply(&plan.series)?;
+        Ok(Self::of_rows(
+            rows,
+            plan.transform,
+            windows,
+            plan.splits,
+            plan.fitted,
+        ))
+    }
+
+    /// Rows that a finished run has never seen, under the run's own transform, all windows in one
+    /// split. The protocol and fractions of `windows` are not used.
+    ///
+    /// # Errors
+    ///
+    /// Other columns than the transform's; too few rows for a window.
+    pub fn with_transform(
+        series: RawSeries,
+        transform: Transform,
+        windows: &WindowOptions,
+        split: Split,
+    ) -> Result<Self> {
+        windows.validate()?;
+        transform.check_columns(&series.schema)?;
+        let (series, map) = mapped(series, windows)?;
+        let windows_of_split = map.all_in(split, windows)?;
+        let rows = transform.apply(&series)?;
+        Ok(Self::of_rows(
+            rows,
+            transform,
+            windows,
+            vec![windows_of_split],
+            0..0,
+        ))
+    }
+
+    fn of_rows(
+        rows: Normalised,
+        transform: Transform,
+        windows: &WindowOptions,
+        splits: Vec<SplitWindows>,
+        fitted: Range<usize>,
+    ) -> Self {
+        Self::with(Inner {
+            transform,
+            windows: windows.clone(),
+            splits,
+            fitted,
+            rows: rows.len(),
+            source: Source::Memory,
+            resident: Mutex::new(Some(Arc::new(rows))),
+        })
+    }
+
+    fn with(inner: Inner) -> Self {
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// The fitted transform: statistics, names, and the way back to levels.
+    pub fn transform(&self) -> &Transform {
+        &self.inner.transform
+    }
+
+    /// Window length, stride, gap policy and protocol.
+    pub fn window_options(&self) -> &WindowOptions {
+        &self.inner.windows
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.inner.rows
+    }
+
+    /// Whether there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Number of features of a row.
+    pub fn width(&self) -> usize {
+        self.inner.transform.width()
+    }
+
+    /// Names of the features, in order.
+    pub fn names(&self) -> Vec<String> {
+        self.inner.transform.names()
+    }
+
+    /// The manifest, when the rows come from a shard set.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        match &self.inner.source {
+            Source::Memory => None,
+            Source::Shards(reader) => Some(&reader.manifest),
+        }
+    }
+
+    /// Start rows of a split's windows, rising. Empty when the data has no such split.
+    pub fn starts(&self, split: Split) -> Vec<u64> {
+        self.split(split)
+            .map_or_else(Vec::new, |s| s.expand(self.inner.windows.stride))
+    }
+
+    /// The rows of a split (under the chronological protocol; otherwise all rows).
+    pub fn split_rows(&self, split: Split) -> Range<usize> {
+        self.split(split)
+            .map_or(0..0, |s| s.rows.0 as usize..s.rows.1 as usize)
+    }
+
+    /// The rows that the transform was fitted on; empty when it came from elsewhere.
+    pub fn fitted_rows(&self) -> Range<usize> {
+        self.inner.fitted.clone()
+    }
+
+    fn split(&self, split: Split) -> Option<&SplitWindows> {
+        self.inner.splits.iter().find(|s| s.split == split)
+    }
+
+    /// All rows, normalised. Read from the shards at the first call, shared from then on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shard`] when a shard's checksum or content is wrong.
+    pub fn rows(&self) -> Result<Arc<Normalised>> {
+        let mut resident = self
+            .inner
+            .resident
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(rows) = resident.as_ref() {
+            return Ok(rows.clone());
+        }
+        let rows = match &self.inner.source {
+            Source::Shards(reader) => Arc::new(reader.read_all()?),
+            // A dataset in memory is made with its rows in place.
+            Source::Memory => Arc::default(),
+        };
+        *resident = Some(rows.clone());
+        Ok(rows)
+    }
+
+    /// Batches of a split's windows.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] for options that cannot work, [`Error::EmptySplit`] when the split has no
+    /// window, [`Error::Shard`] when the rows cannot be read.
+    pub fn loader(&self, split: Split, options: &LoaderOptions) -> Result<Loader> {
+        options.validate()?;
+        let starts = self.starts(split);
+        if starts.is_empty() {
+            return Err(Error::EmptySplit {
+                split,
+                rows: self.split_rows(split).len(),
+                needed: self.inner.windows.length,
+            });
+        }
+        Loader::new(self.rows()?, starts, self.inner.windows.length, options)
+    }
+}

@@ -1,0 +1,309 @@
+//! Batches of windows: shuffled by seed, made by worker threads, resumable at any batch.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use rand::SeedableRng;
+use rand::rngs::ChaCha12Rng;
+use rand::seq::SliceRandom;
+
+use crate::transform::Normalised;
+use crate::{Error, Result};
+
+/// How a split is cut into batches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoaderOptions {
+    /// Windows of a batch.
+    pub batch: usize,
+    /// Seed of the order; `None` keeps the order of time.
+    pub shuffle: Option<u64>,
+    /// Counts the passes over the data; each has an order of its own.
+    pub epoch: u64,
+    /// Batches of this rank to leave out at the start: the place to resume at.
+    pub skip: usize,
+    /// Greatest number of batches (of this rank), skipped ones included.
+    pub limit: Option<usize>,
+    /// Leave out a last batch that is not full.
+    pub drop_last: bool,
+    /// Which share of the windows this process takes, 0 to `world` - 1.
+    pub rank: usize,
+    /// Processes that share the windows.
+    pub world: usize,
+    /// Threads that gather batches; 0 gathers in the calling thread.
+    pub workers: usize,
+    /// Batches each worker makes ahead.
+    pub prefetch: usize,
+}
+
+impl LoaderOptions {
+    /// Batches of this many windows, in the order of time, gathered in the calling thread.
+    pub fn new(batch: usize) -> Self {
+        Self {
+            batch,
+            shuffle: None,
+            epoch: 0,
+            skip: 0,
+            limit: None,
+            drop_last: false,
+            rank: 0,
+            world: 1,
+            workers: 0,
+            prefetch: 2,
+        }
+    }
+
+    /// Shuffles by this seed.
+    pub fn shuffled(mut self, seed: u64) -> Self {
+        self.shuffle = Some(seed);
+        self
+    }
+
+    /// Sets the pass over the data.
+    pub fn with_epoch(mut self, epoch: u64) -> Self {
+        self.epoch = epoch;
+        self
+    }
+
+    /// Starts after this many batches.
+    pub fn skipping(mut self, batches: usize) -> Self {
+        self.skip = batches;
+        self
+    }
+
+    /// Stops after this many batches, skipped ones included.
+    pub fn limited(mut self, batches: usize) -> Self {
+        self.limit = Some(batches);
+        self
+    }
+
+    /// Leaves out a last batch that is not full.
+    pub fn dropping_last(mut self) -> Self {
+        self.drop_last = true;
+        self
+    }
+
+    /// Takes the share of one process among several. All shares have the same number of batches.
+    pub fn sharded(mut self, rank: usize, world: usize) -> Self {
+        self.rank = rank;
+        self.world = world;
+        self
+    }
+
+    /// Gathers batches on this many threads, each some batches ahead.
+    pub fn with_workers(mut self, workers: usize, prefetch: usize) -> Self {
+        self.workers = workers;
+        self.prefetch = prefetch;
+        self
+    }
+
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`].
+    pub fn validate(&self) -> Result<()> {
+        let bad = |option, reason| Err(Error::InvalidOption { option, reason });
+        if self.batch == 0 {
+            return bad("batch", "0; expected at least 1 window".into());
+        }
+        if self.world == 0 || self.rank >= self.world {
+            return bad(
+                "rank",
+                format!(
+                    "{} of {}; expected a rank below the world size",
+                    self.rank, self.world
+                ),
+            );
+        }
+        if self.workers > 256 {
+            return bad("workers", format!("{}; expected at most 256", self.workers));
+        }
+        Ok(())
+    }
+}
+
+/// Windows of a split, one after another.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Batch {
+    /// `[batch, length, features]`, z-scores, always finite.
+    pub values: Vec<f32>,
+    /// `[batch, length]`: 1 where the row is a true observation, 0 where it was missing or filled.
+    pub mask: Vec<f32>,
+    /// First row of each window.
+    pub starts: Vec<u64>,
+    /// Number of windows.
+    pub batch: usize,
+    /// Rows of a window.
+    pub length: usize,
+    /// Features of a row.
+    pub features: usize,
+}
+
+/// An iterator over the batches of a split.
+///
+/// The order depends on seed and epoch alone, not on workers or prefetch. A loader that is made with `skip` set to
+/// the number of batches already taken goes on exactly where the first one stopped.
+#[derive(Debug)]
+pub struct Loader {
+    plan: Arc<BatchPlan>,
+    next: usize,
+    /// One channel per worker; worker `w` makes the batches `skip + w`, `skip + w + workers`, ...
+    workers: Vec<Receiver<Result<Batch>>>,
+    first: usize,
+}
+
+#[derive(Debug)]
+struct BatchPlan {
+    rows: Arc<Normalised>,
+    /// Start rows of all windows of this rank, in the order of the epoch.
+    order: Vec<u64>,
+    batch: usize,
+    batches: usize,
+    length: usize,
+}
+
+impl Loader {
+    pub(crate) fn new(
+        rows: Arc<Normalised>,
+        starts: Vec<u64>,
+        length: usize,
+        options: &LoaderOptions,
+    ) -> Result<Self> {
+        let order = epoch_order(starts, options);
+        let full = order.len() / options.batch;
+        let all = if options.drop_last {
+            full
+        } else {
+            order.len().div_ceil(options.batch)
+        };
+        let plan = Arc::new(BatchPlan {
+            rows,
+            order,
+            batch: options.batch,
+            batches: options.limit.map_or(all, |limit| limit.min(all)),
+            length,
+        });
+        let first = options.skip.min(plan.batches);
+        let workers = (0..options.workers)
+            .map(|w| spawn_worker(plan.clone(), first + w, options))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            plan,
+            next: first,
+            workers,
+            first,
+        })
+    }
+
+    /// Batches of the whole epoch (of this rank), whether or not they have been taken.
+    pub fn batches(&self) -> usize {
+        self.plan.batches
+    }
+
+    /// Batches taken or skipped so far: the `skip` to resume with.
+    pub fn position(&self) -> usize {
+        self.next
+    }
+
+    /// Start rows of all windows of this rank, in the order of the epoch.
+    pub fn order(&self) -> &[u64] {
+        &self.plan.order
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<Batch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.next >= self.plan.batches {
+            return None;
+        }
+        let index = self.next;
+        self.next += 1;
+        if self.workers.is_empty() {
+            return Some(Ok(self.plan.gather(index)));
+        }
+        let worker = &self.workers[(index - self.first) % self.workers.len()];
+        Some(worker.recv().unwrap_or_else(|_| {
+            Err(Error::Source {
+                path: "loader".into(),
+                reason: "a worker thread ended before its last batch".into(),
+            })
+        }))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = self.plan.batches - self.next.min(self.plan.batches);
+        (left, Some(left))
+    }
+}
+
+impl ExactSizeIterator for Loader {}
+
+impl BatchPlan {
+    /// Copies the windows of one batch.
+    fn gather(&self, index: usize) -> Batch {
+        let from = index * self.batch;
+        let starts = &self.order[from..(from + self.batch).min(self.order.len())];
+        let width = self.rows.width;
+        let mut values = Vec::with_capacity(starts.len() * self.length * width);
+        let mut mask = Vec::with_capacity(starts.len() * self.length);
+        for &start in starts {
+            let rows = start as usize..start as usize + self.length;
+            values.extend_from_slice(&self.rows.values[rows.start * width..rows.end * width]);
+            mask.extend(
+                self.rows.valid[rows]
+                    .iter()
+                    .map(|&v| f32::from(u8::from(v))),
+            );
+        }
+        Batch {
+            values,
+            mask,
+            starts: starts.to_vec(),
+            batch: starts.len(),
+            length: self.length,
+            features: width,
+        }
+    }
+}
+
+fn spawn_worker(
+    plan: Arc<BatchPlan>,
+    first: usize,
+    options: &LoaderOptions,
+) -> Result<Receiver<Result<Batch>>> {
+    let (sender, receiver): (SyncSender<Result<Batch>>, _) = sync_channel(options.prefetch);
+    let step = options.workers;
+    std::thread::Builder::new()
+        .name("load-batches".into())
+        .spawn(move || {
+            for index in (first..plan.batches).step_by(step) {
+                if sender.send(Ok(plan.gather(index))).is_err() {
+                    return;
+                }
+            }
+        })
+        .map_err(|e| Error::io(std::path::Path::new("loader"), "start a worker thread", e))?;
+    Ok(receiver)
+}
+
+/// The windows of this rank in the order of the epoch.
+fn epoch_order(mut starts: Vec<u64>, options: &LoaderOptions) -> Vec<u64> {
+    if let Some(seed) = options.shuffle {
+        // One generator per epoch: an order that can be found again without replaying the epochs before.
+        let mut rng = ChaCha12Rng::seed_from_u64(seed);
+        rng.set_stream(options.epoch);
+        starts.shuffle(&mut rng);
+    }
+    if options.world == 1 {
+        return starts;
+    }
+    // Every rank takes as many windows, so that none waits for another at the end of an epoch.
+    let share = starts.len() / options.world;
+    starts
+        .chunks_exact(options.world)
+        .take(share)
+        .map(|round| round[options.rank])
+        .collect()
+}

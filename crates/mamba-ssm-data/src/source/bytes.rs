@@ -1,0 +1,158 @@
+//! From a file to chunks of whole lines, decompressed on a thread of its own.
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use flate2::read::MultiGzDecoder;
+
+use crate::{Error, Result};
+
+/// Bytes of one chunk of lines.
+const CHUNK: usize = 2 << 20;
+/// Chunks that wait between the reading thread and the parser.
+const WAITING: usize = 4;
+/// The longest line that is taken for a row.
+pub(super) const LONGEST_LINE: usize = 1 << 16;
+
+/// Whole lines of a file. Memory: at most [`WAITING`] + 2 chunks, however large the file.
+pub(super) struct Chunks {
+    receiver: Receiver<Result<Vec<u8>>>,
+    consumed: Arc<AtomicU64>,
+}
+
+impl Chunks {
+    /// Opens a file and starts to read it; gzip is seen from its first two bytes.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io(path, "open it", e))?;
+        let meta = file
+            .metadata()
+            .map_err(|e| Error::io(path, "read its size", e))?;
+        if meta.is_dir() {
+            return Err(Error::Source {
+                path: path.display().to_string(),
+                reason: "this is a folder; expected a file".into(),
+            });
+        }
+        let consumed = Arc::new(AtomicU64::new(0));
+        let mut raw = BufReader::with_capacity(
+            1 << 18,
+            Counting {
+                inner: file,
+                count: consumed.clone(),
+            },
+        );
+        let mut magic = [0u8; 2];
+        let head = read_full(&mut raw, &mut magic).map_err(|e| Error::io(path, "read it", e))?;
+        let again = std::io::Cursor::new(magic[..head].to_vec()).chain(raw);
+        let name = path.display().to_string();
+        let (sender, receiver) = sync_channel(WAITING);
+        let gzip = magic[..head] == [0x1f, 0x8b];
+        std::thread::Builder::new()
+            .name("read-lines".into())
+            .spawn(move || {
+                if gzip {
+                    send_chunks(MultiGzDecoder::new(again), &name, "gzip", &sender);
+                } else {
+                    send_chunks(again, &name, "text", &sender);
+                }
+            })
+            .map_err(|e| Error::io(path, "start a reading thread", e))?;
+        Ok(Self { receiver, consumed })
+    }
+
+    /// The next whole lines; `None` at the end.
+    pub(super) fn next(&mut self) -> Result<Option<Vec<u8>>> {
+        self.receiver.recv().ok().transpose()
+    }
+
+    /// Bytes of the file (compressed, if it is) read so far.
+    pub(super) fn bytes_read(&self) -> u64 {
+        self.consumed.load(Ordering::Relaxed)
+    }
+}
+
+struct Counting<R> {
+    inner: R,
+    count: Arc<AtomicU64>,
+}
+
+impl<R: Read> Read for Counting<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.count.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+}
+
+/// Cuts the stream at line ends and sends it on until it ends, fails, or nobody listens.
+fn send_chunks(
+    mut reader: impl Read,
+    name: &str,
+    format: &'static str,
+    out: &SyncSender<Result<Vec<u8>>>,
+) {
+    let mut rest: Vec<u8> = Vec::new();
+    let mut lines = 0u64;
+    loop {
+        let mut chunk = std::mem::take(&mut rest);
+        let held = chunk.len();
+        chunk.resize(held + CHUNK, 0);
+        let read = match read_full(&mut reader, &mut chunk[held..]) {
+            Ok(read) => read,
+            Err(e) => {
+                let _ = out.send(Err(Error::Damaged {
+                    path: name.into(),
+                    format,
+                    reason: e.to_string(),
+                }));
+                return;
+            }
+        };
+        chunk.truncate(held + read);
+        let at_end = read < CHUNK;
+        let cut = if at_end {
+            chunk.len()
+        } else {
+            chunk.iter().rposition(|&b| b == b'\n').map_or(0, |i| i + 1)
+        };
+        if chunk.len() - cut > LONGEST_LINE {
+            lines += count_lines(&chunk[..cut]);
+            let _ = out.send(Err(Error::LineTooLong {
+                path: name.into(),
+                row: lines + 1,
+                limit: LONGEST_LINE,
+            }));
+            return;
+        }
+        rest.extend_from_slice(&chunk[cut..]);
+        chunk.truncate(cut);
+        lines += count_lines(&chunk);
+        let empty = chunk.is_empty();
+        if (!empty && out.send(Ok(chunk)).is_err()) || at_end {
+            return;
+        }
+    }
+}
+
+/// Number of line ends.
+fn count_lines(bytes: &[u8]) -> u64 {
+    bytes.iter().filter(|&&b| b == b'\n').count() as u64
+}
+
+/// Fills the buffer unless the stream ends first; returns the bytes read.
+fn read_full(reader: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match reader.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(filled)
+}
