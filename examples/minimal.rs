@@ -29,5 +29,8 @@ fn main() {
 
     let whole = y.narrow(1, 299, 1).squeeze_dim::<2>(1);
     let difference = (whole - last.expect("300 tokens")).abs().max();
-    println!("last token, both ways, differs by at most {:.1e}", difference.into_scalar::<f32>());
+    println!(
+        "last token, both ways, differs by at most {:.1e}",
+        difference.into_scalar::<f32>()
+    );
 }

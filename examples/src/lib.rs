@@ -1,1 +1,20 @@
-//! placeholder.
+//! Where the crates meet: a forecaster of minute candles from `mamba-ssm-core` or `mamba-ssm-attention`,
+//! the adapters between the data crate's batches and the trainer's, and the commands of the `bitcoin`
+//! example.
+//!
+//! The way of one number: [`encoding`] turns a window of z-scores into what a network sees and should
+//! answer, and its answers back into z-scores; [`batches`] feeds encoded windows to the trainer;
+//! [`forecaster`] is the network; [`scoring`] forecasts every row of a split once and hands levels to the
+//! evaluation; [`run`] is the folder where one training run lives; [`preset`] the settings by name.
+
+pub mod batches;
+pub mod bitcoin;
+pub mod device;
+pub mod encoding;
+mod error;
+pub mod forecaster;
+pub mod preset;
+pub mod run;
+pub mod scoring;
+
+pub use error::{Error, Result};

@@ -11,16 +11,15 @@ pub(super) fn causal_conv1d(input: ConvInput) -> ConvOutput {
     let [batch, length, channels] = input.x.dims();
     let [_, width] = input.weight.dims();
 
-    // A width of one has no past; Burn has no tensors with an empty axis to stand for it.
-    let seen = if width == 1 {
-        input.x.clone()
+    let nothing = || Tensor::zeros([batch, width - 1, channels], (&input.x.device(), dtype));
+    // A width of one has no past, and Burn neither joins nor narrows to an empty axis.
+    let (seen, final_state) = if width == 1 {
+        (input.x.clone(), nothing())
     } else {
-        let past = input.initial_state.unwrap_or_else(|| {
-            Tensor::zeros([batch, width - 1, channels], (&input.x.device(), dtype))
-        });
-        Tensor::cat(vec![narrow_to(past, dtype), input.x], 1)
+        let past = input.initial_state.unwrap_or_else(nothing);
+        let seen = Tensor::cat(vec![narrow_to(past, dtype), input.x.clone()], 1);
+        (seen.clone(), seen.narrow(1, length, width - 1))
     };
-    let final_state = seen.clone().narrow(1, length, width - 1);
 
     let seen = widen(seen, wide);
     let taps = widen(input.weight, wide).transpose(); // [width, channels]

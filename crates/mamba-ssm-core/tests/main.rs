@@ -1,0 +1,8 @@
+//! The crate from outside: operators against plain loops and finite differences, layers against
+//! themselves step by step, checkpoints, and what is refused.
+
+mod conv_and_norm;
+mod layers;
+mod selective_scan;
+mod ssd;
+mod support;
