@@ -3,6 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 
+use crate::config::Precision;
 use crate::error::{BoxError, TrainError};
 
 /// A model that maps a sequence to a sequence of forecasts.
@@ -12,6 +13,23 @@ pub trait Forecaster: Module {
     /// Maps `input` `[batch, length, features in]` to forecasts `[batch, length, features out]`;
     /// position `t` forecasts whatever position `t` of [`TrainBatch::target`] holds.
     fn forward(&self, input: Tensor<3>) -> Tensor<3>;
+
+    /// Whether [`forward_with`](Self::forward_with) can run in `precision`. By default only
+    /// [`Precision::F32`].
+    fn supports(&self, precision: Precision) -> bool {
+        precision == Precision::F32
+    }
+
+    /// As [`forward`](Self::forward), with activations in `precision`.
+    ///
+    /// `input` is f32; the forecast may be of either type. Parameters are f32 and are to be cast
+    /// where they are used, so that their gradients come back as f32; what needs the range or
+    /// precision of f32 (normalisation, recurrent states, the addition of a large known level)
+    /// stays f32. By default [`forward`](Self::forward).
+    fn forward_with(&self, input: Tensor<3>, precision: Precision) -> Tensor<3> {
+        let _ = precision;
+        self.forward(input)
+    }
 }
 
 /// One micro-batch, with target and mask already aligned to the positions of the forecasts.

@@ -1,20 +1,33 @@
 //! Settings of a training run.
 
+use burn::tensor::FloatDType;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
 use crate::loss::HuberConfig;
 use crate::schedule::PlateauConfig;
 
-/// The number format of the forward and backward pass.
+/// The number format of the forward and backward pass. Parameters, gradients, optimizer state and
+/// loss are f32 either way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 32-bit floats throughout.
     #[default]
     F32,
-    /// Reserved for mixed precision; refused by [`TrainConfig::validate`] for now.
+    /// Mixed precision: the model runs where it sees fit in bf16
+    /// ([`Forecaster::forward_with`](crate::Forecaster::forward_with)).
     Bf16,
+}
+
+impl Precision {
+    /// The element type of activations.
+    pub fn dtype(self) -> FloatDType {
+        match self {
+            Self::F32 => FloatDType::F32,
+            Self::Bf16 => FloatDType::BF16,
+        }
+    }
 }
 
 /// Settings of a training run. Every one has a default, so a configuration file need only name
@@ -148,12 +161,6 @@ impl TrainConfig {
                 format!("is {minutes}, but must be above zero"),
             );
         }
-        if self.precision == Precision::Bf16 {
-            return config(
-                "precision",
-                "is `bf16`, which is not supported yet; use `f32`".into(),
-            );
-        }
         self.plateau.validate()?;
         self.loss.validate()
     }
@@ -197,7 +204,6 @@ mod tests {
             ("clip_norm = inf", "clip_norm"),
             ("betas = [0.9, 1.0]", "betas"),
             ("max_minutes = 0.0", "max_minutes"),
-            ("precision = \"bf16\"", "precision"),
             ("[plateau]\nfactor = 2.0", "plateau.factor"),
             ("[loss]\nbeta = 0.0", "loss.beta"),
         ] {

@@ -80,7 +80,7 @@ pub struct PlateauState {
 /// Lowers the learning rate when a value stops falling, exactly as
 /// `torch.optim.lr_scheduler.ReduceLROnPlateau` does in mode `min` with a relative threshold.
 ///
-/// A value that is NaN counts as no improvement.
+/// NaN and infinity count as no improvement.
 ///
 /// # Example
 ///
@@ -132,7 +132,7 @@ impl ReduceOnPlateau {
     pub fn step(&mut self, value: f64) -> f64 {
         let state = &mut self.state;
         let improved = match state.best {
-            None => !value.is_nan(),
+            None => value < f64::INFINITY,
             Some(best) => value < best * (1.0 - self.config.threshold),
         };
         if improved {
@@ -161,9 +161,9 @@ impl ReduceOnPlateau {
 mod tests {
     use super::*;
 
-    /// Values and rates printed by torch 2.x's `ReduceLROnPlateau`.
+    /// The rates are those of torch 2.4.1's `ReduceLROnPlateau` on the same values.
     fn assert_rates(config: PlateauConfig, values: &[f64], expected: &[f64]) {
-        let mut schedule = ReduceOnPlateau::new(1.0, config);
+        let mut schedule = ReduceOnPlateau::new(expected[0], config);
         let rates: Vec<f64> = values.iter().map(|v| schedule.step(*v)).collect();
         assert_eq!(rates, expected);
     }
@@ -205,6 +205,25 @@ mod tests {
     }
 
     #[test]
+    fn a_long_and_noisy_run() {
+        let config = PlateauConfig {
+            patience: 1,
+            threshold: 1e-2,
+            cooldown: 1,
+            min_lr: 1e-5,
+            ..PlateauConfig::default()
+        };
+        let values = [
+            1.071, 0.997, 0.825, 0.806, 0.743, 0.52, 0.458, 0.668, 0.462, 0.427, 0.632, 0.454,
+            0.545, 0.421, 0.455, 0.295, 0.429, 0.488, 0.374, 0.431, 0.401, 0.212, 0.413, 0.356,
+        ];
+        let expected = [(8, 1e-4), (3, 5e-5), (6, 2.5e-5), (3, 1.25e-5), (4, 1e-5)]
+            .map(|(epochs, lr)| vec![lr; epochs])
+            .concat();
+        assert_rates(config, &values, &expected);
+    }
+
+    #[test]
     fn nan_is_a_bad_epoch_and_changes_below_eps_are_not_made() {
         let config = PlateauConfig {
             patience: 0,
@@ -215,6 +234,14 @@ mod tests {
         assert_eq!(schedule.state().best, None);
         assert_eq!(schedule.step(1.0), 1.5e-8);
         assert_eq!(schedule.state().best, Some(1.0));
+
+        let config = PlateauConfig {
+            patience: 0,
+            ..PlateauConfig::default()
+        };
+        let mut schedule = ReduceOnPlateau::new(1.0, config);
+        let rates = [f64::INFINITY, f64::NAN, 1.0].map(|value| schedule.step(value));
+        assert_eq!(rates, [0.5, 0.25, 0.25]);
     }
 
     #[test]

@@ -4,13 +4,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, FloatDType, Tensor};
 
 use crate::accumulate::{Accumulated, Accumulation};
 use crate::batch::{BatchSource, Forecaster, TrainBatch};
 use crate::checkpoint::{Best, CheckpointKind, PartialEpoch, TrainState, save_checkpoint};
 use crate::clip::{clip_gradients, gradient_norm};
-use crate::config::TrainConfig;
+use crate::config::{Precision, TrainConfig};
 use crate::error::{BoxError, TrainError};
 use crate::history::{EpochRecord, write_history};
 use crate::loss::{masked_huber, masked_huber_sum};
@@ -84,6 +84,7 @@ impl<'a> Session<'a> {
         model: M,
         source: &mut S,
     ) -> Result<Fit<M>, TrainError> {
+        self.check_precision(&model)?;
         if self.state.batches_per_epoch == 0 {
             return Err(TrainError::NoBatches { stage: "training" });
         }
@@ -95,6 +96,21 @@ impl<'a> Session<'a> {
             model,
             outcome,
             state: self.state,
+        })
+    }
+
+    fn check_precision<M: Forecaster>(&self, model: &M) -> Result<(), TrainError> {
+        let precision = self.config.precision;
+        let lacks = if !model.supports(precision) {
+            "this model"
+        } else if !self.device.supports_dtype(precision.dtype()) {
+            "this device"
+        } else {
+            return Ok(());
+        };
+        Err(TrainError::Config {
+            field: "precision",
+            problem: format!("is {precision:?}, which {lacks} does not support; use `f32`"),
         })
     }
 
@@ -190,7 +206,7 @@ impl<'a> Session<'a> {
             self.device.seed(self.step_seed());
         }
         let tokens = batch.tokens();
-        let prediction = model.forward(batch.input.clone());
+        let prediction = self.forecast(model, &batch);
         batch.check(
             "training",
             &prediction,
@@ -203,6 +219,16 @@ impl<'a> Session<'a> {
         self.meter.tokens += tokens;
         self.meter.micro_batches += 1;
         Ok(())
+    }
+
+    /// The forecasts of a batch, in f32 whatever the model computes in.
+    fn forecast<M: Forecaster>(&self, model: &M, batch: &TrainBatch) -> Tensor<3> {
+        let precision = self.config.precision;
+        let prediction = model.forward_with(batch.input.clone(), precision);
+        match precision {
+            Precision::F32 => prediction,
+            Precision::Bf16 => prediction.cast(FloatDType::F32),
+        }
     }
 
     /// SplitMix64 over seed, epoch and micro-batch.
@@ -312,7 +338,7 @@ impl<'a> Session<'a> {
                 return Ok(None);
             }
             let batch = batch.map_err(failed("validation"))?;
-            let prediction = model.forward(batch.input.clone());
+            let prediction = self.forecast(&model, &batch);
             batch.check("validation", &prediction, weights)?;
             let (sum, count) =
                 masked_huber_sum(prediction, batch.target, batch.mask, &self.config.loss);

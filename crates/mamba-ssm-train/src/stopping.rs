@@ -51,10 +51,11 @@ impl EarlyStopping {
         &self.state
     }
 
-    /// Takes the value of one finished epoch; true means stop. NaN counts as no improvement.
+    /// Takes the value of one finished epoch; true means stop. NaN and infinity count as no
+    /// improvement.
     pub fn step(&mut self, value: f64) -> bool {
         let improved = match self.state.best {
-            None => !value.is_nan(),
+            None => value < f64::INFINITY,
             Some(best) => value < best - self.min_delta,
         };
         if improved {

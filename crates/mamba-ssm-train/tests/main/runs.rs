@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use burn::module::Module;
 use burn::tensor::Device;
 use mamba_ssm_train::{
-    BatchSource, CheckpointKind, EpochRecord, Fit, Forecaster, Outcome, StopFlag, TrainConfig,
-    TrainError, Trainer, load_model, load_state, masked_huber, read_history,
+    BatchSource, CheckpointKind, EpochRecord, Fit, Forecaster, Outcome, Precision, StopFlag,
+    TrainConfig, TrainError, Trainer, load_model, load_state, masked_huber, read_history,
 };
 
 use crate::support::{Heard, Listener, Tiny, Waves, alone, config, values};
@@ -402,4 +402,42 @@ fn an_epoch_is_not_continued_with_other_batches() {
             .unwrap_err();
         assert!(error.to_string().contains(field), "{error}");
     }
+}
+
+#[test]
+fn mixed_precision_keeps_parameters_in_f32_and_follows_the_f32_run() {
+    let _alone = alone();
+    let model = initial().with_mixed_precision();
+    let mixed = TrainConfig {
+        precision: Precision::Bf16,
+        ..config(4)
+    };
+    let (wide, narrow) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let wide = fit(config(4), wide.path(), model.clone(), &mut Waves::new(5));
+    let narrow = fit(mixed, narrow.path(), model.clone(), &mut Waves::new(5));
+
+    let (start, wide, narrow) = (values(&model), values(&wide.model), values(&narrow.model));
+    let distance = |a: &[f32], b: &[f32]| {
+        let squares = a.iter().zip(b).map(|(a, b)| (a - b).powi(2));
+        squares.sum::<f32>().sqrt()
+    };
+    let difference = distance(&wide, &narrow);
+    assert!(difference > 0.0, "nothing was computed in bf16");
+    assert!(difference < 0.1 * distance(&start, &wide), "{difference}");
+    // bf16 has zeros in its lower 16 bits.
+    assert!(narrow.iter().any(|value| value.to_bits() & 0xffff != 0));
+}
+
+#[test]
+fn a_model_without_mixed_precision_says_so() {
+    let _alone = alone();
+    let run = tempfile::tempdir().unwrap();
+    let mixed = TrainConfig {
+        precision: Precision::Bf16,
+        ..config(1)
+    };
+    let mut trainer = Trainer::new(mixed, run.path()).unwrap();
+    let error = trainer.fit(Tiny::new(4), &mut Waves::new(4)).unwrap_err();
+    let message = "`precision` is Bf16, which this model does not support; use `f32`";
+    assert!(error.to_string().contains(message), "{error}");
 }

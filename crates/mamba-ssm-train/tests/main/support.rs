@@ -6,8 +6,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, TensorData};
 use mamba_ssm_train::{
-    BatchIter, BatchSource, BoxError, EpochRecord, Forecaster, HuberConfig, Outcome, Reporter,
-    StepReport, StopFlag, TrainBatch, TrainConfig,
+    BatchIter, BatchSource, BoxError, EpochRecord, Forecaster, HuberConfig, Outcome, Precision,
+    Reporter, StepReport, StopFlag, TrainBatch, TrainConfig,
 };
 
 /// Runs seed the device's random numbers, which all threads share: tests take turns.
@@ -21,6 +21,7 @@ pub struct Tiny {
     first: Linear,
     dropout: Dropout,
     second: Linear,
+    mixed: bool,
 }
 
 impl Tiny {
@@ -30,7 +31,13 @@ impl Tiny {
             first: LinearConfig::new(2, width).init(&device),
             dropout: DropoutConfig::new(0.0).init(),
             second: LinearConfig::new(width, 2).init(&device),
+            mixed: false,
         }
+    }
+
+    pub fn with_mixed_precision(mut self) -> Self {
+        self.mixed = true;
+        self
     }
 
     pub fn with_dropout(mut self, prob: f64) -> Self {
@@ -43,6 +50,21 @@ impl Forecaster for Tiny {
     fn forward(&self, input: Tensor<3>) -> Tensor<3> {
         let hidden = self.first.forward(input).tanh();
         self.second.forward(self.dropout.forward(hidden))
+    }
+
+    fn supports(&self, precision: Precision) -> bool {
+        precision == Precision::F32 || self.mixed
+    }
+
+    fn forward_with(&self, input: Tensor<3>, precision: Precision) -> Tensor<3> {
+        let dtype = precision.dtype();
+        let project = |linear: &Linear, x: Tensor<3>| {
+            let weight = linear.weight.val().cast(dtype).unsqueeze::<3>();
+            let bias = linear.bias.as_ref().unwrap().val();
+            x.cast(dtype).matmul(weight) + bias.cast(dtype).unsqueeze::<3>()
+        };
+        let hidden = project(&self.first, input).tanh();
+        project(&self.second, self.dropout.forward(hidden))
     }
 }
 
