@@ -5,7 +5,11 @@
 //! No product in it exceeds 31 bits, so the same few integer operations give the same mask in 32-bit
 //! kernels, in vectorised Rust and in tensor operations of any integer width.
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use std::ops::Range;
+
+use burn::backend::tensor::{BoolTensor, Device};
+use burn::backend::{Backend, Scalar, get_or_init_device_settings};
+use burn::tensor::{Shape, TensorData};
 
 use super::AttentionDropout;
 
@@ -50,52 +54,57 @@ pub(crate) fn hash(row: u32, column: u32) -> u32 {
 }
 
 /// `true` where a probability is dropped: `[batch, heads, rows, columns]` for the given ranges.
-pub(crate) fn dropped(
+pub(crate) fn dropped<B: Backend>(
     dropout: &AttentionDropout,
     [batch, heads]: [usize; 2],
-    rows: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
-    device: &Device,
-) -> Tensor<4, Bool> {
-    let keys = |values: Vec<i32>, shape: [usize; 4]| {
-        Tensor::<4, Int>::from_data(TensorData::new(values, shape), device)
+    rows: Range<usize>,
+    columns: Range<usize>,
+    device: &Device<B>,
+) -> BoolTensor<B> {
+    let settings = get_or_init_device_settings::<B>(device);
+    let shape = [batch, heads, rows.len(), columns.len()];
+    let spread = |keys: Vec<i32>, own: [usize; 4]| {
+        let data = TensorData::new(keys, own).convert_dtype(settings.int_dtype.into());
+        B::int_expand(B::int_from_data(data, device), Shape::new(shape))
     };
+    let seed = dropout.seed;
     let row_keys = (0..batch * heads)
-        .flat_map(|plane| {
-            rows.clone()
-                .map(move |i| row_key(dropout.seed, plane, i) as i32)
-        })
+        .flat_map(|plane| rows.clone().map(move |i| row_key(seed, plane, i) as i32))
         .collect();
     let column_keys = columns
         .clone()
-        .map(|j| column_key(dropout.seed, j) as i32)
+        .map(|j| column_key(seed, j) as i32)
         .collect();
-    let shape = [batch, heads, rows.len(), columns.len()];
-    let x = keys(row_keys, [batch, heads, rows.len(), 1])
-        .expand(shape)
-        .bitwise_xor(keys(column_keys, [1, 1, 1, columns.len()]).expand(shape));
-    let mut left = x.clone().bitwise_right_shift_scalar(HALF_BITS as i32);
-    let mut right = x.bitwise_and_scalar(HALF_MASK as i32);
+    let x = B::bitwise_xor(
+        spread(row_keys, [batch, heads, rows.len(), 1]),
+        spread(column_keys, [1, 1, 1, columns.len()]),
+    );
+    let number = |n: u32| Scalar::from(n as i32);
+    let mut left = B::bitwise_right_shift_scalar(x.clone(), number(HALF_BITS));
+    let mut right = B::bitwise_and_scalar(x, number(HALF_MASK));
     for k in ROUNDS {
-        let round = (right.clone() * k as i32)
-            .bitwise_right_shift_scalar(SHIFT as i32)
-            .bitwise_and_scalar(HALF_MASK as i32);
-        (left, right) = (right, left.bitwise_xor(round));
+        let product = B::int_mul_scalar(right.clone(), number(k));
+        let round = B::bitwise_right_shift_scalar(product, number(SHIFT));
+        let round = B::bitwise_and_scalar(round, number(HALF_MASK));
+        (left, right) = (right, B::bitwise_xor(left, round));
     }
-    left.bitwise_left_shift_scalar(HALF_BITS as i32)
-        .bitwise_or(right)
-        .greater_equal_elem(threshold(dropout) as i32)
+    let high = B::bitwise_left_shift_scalar(left, number(HALF_BITS));
+    let hash = B::bitwise_or(high, right);
+    B::int_greater_equal_elem(hash, number(threshold(dropout)), settings.bool_dtype)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::backend::Dispatch;
+    use burn::tensor::{Bool, Tensor};
 
     #[test]
     fn tensor_operations_and_rust_agree_on_every_position() {
-        let device = Device::default();
+        let device = burn::tensor::Device::default();
         let dropout = AttentionDropout { prob: 0.3, seed: 7 };
-        let mask = dropped(&dropout, [2, 3], 5..12, 2..40, &device)
+        let mask = dropped::<Dispatch>(&dropout, [2, 3], 5..12, 2..40, device.as_dispatch());
+        let mask = Tensor::<4, Bool>::from_dispatch(mask)
             .into_data()
             .convert::<bool>()
             .try_to_vec::<bool>()

@@ -3,14 +3,22 @@
 //! Source: Dao, *FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning*,
 //! 2023, algorithms 1 and 2; the conventions are those of the official `flash_attn_func`.
 
+mod autodiff;
+mod backend;
+#[cfg(feature = "flex")]
+mod cpu;
 mod dropout;
 mod options;
-pub(crate) mod reference;
+mod reference;
+mod values;
 
 pub(crate) use options::Spec;
 pub use options::{AttentionDropout, FlashAttentionOptions, MAX_HEAD_DIM};
 
+use burn::backend::Dispatch;
 use burn::tensor::Tensor;
+
+use backend::FlashAttentionBackend;
 
 /// Attention of every query to the keys it may see.
 ///
@@ -27,7 +35,8 @@ use burn::tensor::Tensor;
 /// Queries stand at the end of the keys: query `i` is at position `i + length_k - length_q`, so a
 /// causal call with one query and a cache of keys is a decoding step.
 ///
-/// Differentiable in `q`, `k` and `v`.
+/// Differentiable in `q`, `k` and `v`. The backward pass keeps the inputs, the output and one number
+/// per query, and computes the scores again, so memory grows with the length.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -51,7 +60,9 @@ pub fn flash_attention(
     options: &FlashAttentionOptions,
 ) -> Tensor<4> {
     let spec = options.check(&q, &k, &v);
-    reference::attention(q, k, v, options.key_padding.clone(), &spec)
+    let [q, k, v] = [q, k, v].map(Tensor::into_dispatch);
+    let padding = options.padding();
+    Tensor::from_dispatch(Dispatch::flash_attention(q, k, v, padding, spec))
 }
 
 #[cfg(test)]

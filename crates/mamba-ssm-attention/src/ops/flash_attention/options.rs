@@ -1,6 +1,9 @@
 use std::ops::Range;
 
+use burn::backend::Dispatch;
 use burn::tensor::{Bool, Tensor};
+
+use super::backend::Padding;
 
 /// The widest head supported.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -114,6 +117,14 @@ impl FlashAttentionOptions {
             scale: self.scale.unwrap_or((dim as f64).powf(-0.5)),
             window: self.window,
             dropout: self.dropout.filter(|dropout| dropout.prob > 0.0),
+        }
+    }
+
+    /// The padding mask as backends take it.
+    pub(crate) fn padding(&self) -> Padding<Dispatch> {
+        match &self.key_padding {
+            Some(mask) => Padding::Keys(mask.clone().into_dispatch()),
+            None => Padding::None,
         }
     }
 

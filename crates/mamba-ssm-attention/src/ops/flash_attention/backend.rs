@@ -1,0 +1,81 @@
+//! What a backend does for the operator, and how calls reach it.
+
+use burn::backend::tensor::{BoolTensor, FloatTensor};
+use burn::backend::{Backend, ExtensionType, backend_extension};
+
+use super::{Spec, reference};
+
+/// Padding of keys.
+#[derive(ExtensionType, Debug, Clone)]
+pub enum Padding<B: Backend> {
+    /// No key is padding.
+    None,
+    /// `[batch, length_k]`, `true` at padding.
+    Keys(BoolTensor<B>),
+}
+
+/// Attention of a backend. Shapes are those of [`flash_attention`](super::flash_attention); the
+/// log-sum-exp is `[batch, heads, length_q, 1]` in f32 (f64 for f64), huge or infinite for queries
+/// without keys.
+///
+/// The defaults work tile by tile in the backend's own tensor operations.
+#[backend_extension(
+    Flex: cfg(feature = "flex"),
+    Cube: cfg(any(
+        feature = "cuda",
+        feature = "rocm",
+        feature = "metal",
+        feature = "vulkan",
+        feature = "wgpu",
+        feature = "cpu"
+    )),
+    Autodiff,
+)]
+pub trait FlashAttentionBackend: Backend {
+    /// The output alone; differentiable where the backend is.
+    fn flash_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        #[extension_type] padding: Padding<Self>,
+        spec: Spec,
+    ) -> FloatTensor<Self> {
+        Self::flash_attention_forward(q, k, v, padding, spec).0
+    }
+
+    /// Output and log-sum-exp.
+    fn flash_attention_forward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        #[extension_type] padding: Padding<Self>,
+        spec: Spec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        reference::forward::<Self>(q, k, v, padding, &spec)
+    }
+
+    /// Gradients of `q`, `k` and `v`.
+    #[allow(clippy::too_many_arguments)]
+    fn flash_attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        #[extension_type] padding: Padding<Self>,
+        out: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        dout: FloatTensor<Self>,
+        spec: Spec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        reference::backward::<Self>([q, k, v, out, lse, dout], padding, &spec)
+    }
+}
+
+#[cfg(any(
+    feature = "cuda",
+    feature = "rocm",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "wgpu",
+    feature = "cpu"
+))]
+impl FlashAttentionBackend for burn::backend::Cube {}
