@@ -1,1 +1,4 @@
+mod bad_input;
+mod commands;
 mod golden;
+mod workshop;

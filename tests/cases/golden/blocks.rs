@@ -4,6 +4,10 @@ use mamba_ssm_core::{
     MambaStackConfig, StackState, StateDict,
 };
 
+use mamba_ssm_examples::forecaster::{Kind, ModelConfig};
+use mamba_ssm_examples::preset::Preset;
+use mamba_ssm_train::{masked_huber, next_step};
+
 use super::{Case, GRADIENT, OUTPUT, cases};
 
 #[test]
@@ -16,6 +20,76 @@ fn golden_layers() {
         }
     }
     assert!(layers > 0, "the golden folder holds no layer");
+}
+
+#[test]
+fn golden_forecaster() {
+    let forecasters: Vec<Case> = cases("blocks.safetensors")
+        .into_iter()
+        .filter(|case| case.has("param.input_projection.weight"))
+        .collect();
+    assert!(
+        !forecasters.is_empty(),
+        "the golden folder holds no forecaster"
+    );
+    forecasters.iter().for_each(check_forecaster);
+}
+
+/// The note's whole model, with its masked loss on the next row.
+fn check_forecaster(case: &Case) {
+    let device = Device::default().autodiff();
+    let (config, inputs) = forecaster_config(case);
+    let mut model = config
+        .init(inputs, inputs, &device)
+        .expect("a model that works");
+    let dict = case.below("param.");
+    model
+        .load_state_dict("", &dict)
+        .expect("official names and shapes");
+    assert_eq!(
+        model.state_dict(""),
+        dict,
+        "what was loaded is written back"
+    );
+
+    let input = case.tensor::<3>("input", &device);
+    let out = model.forward(input.clone());
+    case.assert_close("out", out.clone().inner(), OUTPUT);
+
+    let (prediction, target, mask) = next_step(out, input, case.tensor::<2>("mask", &device));
+    let loss = masked_huber(
+        prediction,
+        target,
+        mask,
+        &Preset::Note.config(Kind::Mamba2).train.loss,
+    );
+    case.assert_close("loss", loss.clone().inner(), OUTPUT);
+    let found = model.gradient_dict("", &loss.backward());
+    assert_gradients(case, "", &found);
+}
+
+/// The note's settings, sizes from the parameters' shapes.
+fn forecaster_config(case: &Case) -> (ModelConfig, usize) {
+    let shape = |name: &str| case.named(&format!("param.{name}")).shape.clone();
+    let (d_model, inputs) = match shape("input_projection.weight")[..] {
+        [d_model, inputs] => (d_model, inputs),
+        ref other => panic!("input_projection.weight has shape {other:?}"),
+    };
+    let d_inner = shape("layers.0.mamba.norm.weight")[0];
+    let conv = shape("layers.0.mamba.conv1d.weight");
+    let ngroups = case.size("config.ngroups").unwrap_or(1);
+    let layers = (0..).take_while(|n| case.has(&format!("param.layers.{n}.mamba.A_log")));
+    let config = ModelConfig {
+        d_model,
+        n_layer: layers.count(),
+        expand: d_inner / d_model,
+        headdim: d_inner / shape("layers.0.mamba.A_log")[0],
+        d_conv: conv[2],
+        ngroups,
+        d_state: (conv[0] - d_inner) / (2 * ngroups),
+        ..ModelConfig::default()
+    };
+    (config, inputs)
 }
 
 /// The layer's configuration, from what the case states and, where it is silent, from shapes.
@@ -61,15 +135,19 @@ fn check_layer(case: &Case, config: MambaLayerConfig) {
     let grads = (out * dout).sum().backward();
     let dx = input.grad(&grads).expect("the input is tracked");
     case.assert_close("grad_input", dx, GRADIENT);
-    let found = stack.gradient_dict("", &grads);
+    assert_gradients(case, "layers.0.mamba.", &stack.gradient_dict("", &grads));
+    check_steps(case, &stack, input.inner());
+}
+
+/// Every gradient the case states, found below `prefix`.
+fn assert_gradients(case: &Case, prefix: &str, found: &StateDict) {
     for (name, expected) in case.below("grad.").iter() {
         let found = found
-            .get(&format!("layers.0.mamba.{name}"))
+            .get(&format!("{prefix}{name}"))
             .unwrap_or_else(|| panic!("case {}: no gradient of {name}", case.name));
         assert_eq!(found.shape, expected.shape, "gradient of {name}");
         case.assert_values(name, &found.values, &expected.values, GRADIENT);
     }
-    check_steps(case, &stack, input.inner());
 }
 
 fn load(stack: &mut MambaStack, layer: &StateDict) {
