@@ -2,8 +2,8 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use mamba_ssm_data::{
-    PrepareOptions, Protocol, ReadOptions, Stage, Summary, WindowOptions, format_time, parse_time,
-    prepare_with,
+    GapPolicy, PrepareOptions, Protocol, ReadOptions, Stage, Summary, WindowOptions, format_time,
+    parse_time, prepare_with,
 };
 
 use super::progress::Progress;
@@ -50,11 +50,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let windows = WindowOptions {
         length: args.length,
         stride: args.stride,
-        protocol: match args.protocol {
-            ProtocolName::Chronological => Protocol::Chronological,
-            ProtocolName::Note => Protocol::Note,
-        },
-        ..WindowOptions::default()
+        ..protocol_options(args.protocol)
     };
     let options = PrepareOptions::new(&args.csv, &args.out)
         .with_read(read)
@@ -62,6 +58,19 @@ pub(super) fn run(args: &Args) -> Result<()> {
     print_summary(&prepare_shown(&options)?);
     println!("shards: {}", args.out.display());
     Ok(())
+}
+
+/// The published note takes rows as they come, gaps in time unseen; the honest protocol does not.
+fn protocol_options(name: ProtocolName) -> WindowOptions {
+    let (protocol, gaps) = match name {
+        ProtocolName::Chronological => (Protocol::Chronological, GapPolicy::Split),
+        ProtocolName::Note => (Protocol::Note, GapPolicy::Ignore),
+    };
+    WindowOptions {
+        protocol,
+        gaps,
+        ..WindowOptions::default()
+    }
 }
 
 /// Prepares, showing how far it has come.
