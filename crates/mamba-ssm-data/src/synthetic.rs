@@ -287,7 +287,7 @@ impl Market {
             + self.appetite
             + 0.5 * liveliness
             + on_the_hour
-            + 0.35 * self.random.next();
+            + 0.5 * self.random.next();
         (libm::exp(log) * 1e8).round().max(1.0) / 1e8
     }
 
@@ -422,9 +422,9 @@ mod tests {
         let path = folder.path().join("market.csv");
         write_csv(&path, &candles).unwrap();
         let expected = "Timestamp,Open,High,Low,Close,Volume\n\
-            1704067200.0,41999.68,42000.29,41979.06,41982.09,12.37595096\n\
-            1704067260.0,41982.09,41992.22,41980.17,41984.61,10.25752285\n\
-            1704067320.0,41985.23,41986.87,41964.69,41979.03,11.48448491\n";
+            1704067200.0,41999.68,42000.29,41979.06,41982.09,11.72581532\n\
+            1704067260.0,41982.09,41992.22,41980.17,41984.61,11.00744017\n\
+            1704067320.0,41985.23,41986.87,41964.69,41979.03,12.54846948\n";
         assert_eq!(fs::read_to_string(path).unwrap(), expected);
     }
 

@@ -30,6 +30,28 @@ pub struct Forecasts<'a> {
     pub predictions: &'a [f64],
 }
 
+impl Forecasts<'_> {
+    /// The column of a feature.
+    ///
+    /// # Errors
+    ///
+    /// [`EvalError::UnknownFeature`] when there is none of that name.
+    pub fn column(&self, feature: &str) -> Result<usize> {
+        let found = self.scales.iter().position(|scale| scale.name == feature);
+        found.ok_or_else(|| {
+            let known: Vec<&str> = self
+                .scales
+                .iter()
+                .map(|scale| scale.name.as_str())
+                .collect();
+            EvalError::UnknownFeature {
+                name: feature.to_owned(),
+                known: known.join(", "),
+            }
+        })
+    }
+}
+
 /// How much was scored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Counts {

@@ -41,7 +41,8 @@ pub(crate) fn r2(value: f64) -> String {
 pub(crate) fn skill(value: Option<f64>) -> String {
     match value {
         None => "n/a".to_owned(),
-        Some(value) if value.abs() < 100.0 => format!("{value:+.4}"),
+        Some(value) if value.abs() < 10.0 => format!("{value:+.4}"),
+        Some(value) if value.abs() < 1e5 => format!("{value:+.1}"),
         Some(value) => format!("{value:+.3e}"),
     }
 }
@@ -90,7 +91,8 @@ mod tests {
         assert_eq!(count(999), "999");
         assert_eq!(skill(None), "n/a");
         assert_eq!(skill(Some(0.2134)), "+0.2134");
-        assert_eq!(skill(Some(-1244.0)), "-1.244e3");
+        assert_eq!(skill(Some(-1244.0)), "-1244.0");
+        assert_eq!(skill(Some(-1.5e6)), "-1.500e6");
         assert_eq!(r2(0.999_999), "0.999999");
     }
 }
