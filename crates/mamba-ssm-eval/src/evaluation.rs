@@ -287,8 +287,8 @@ fn check_target(input: &Forecasts, scale: &FeatureScale, row: usize, z: f64) -> 
 
 fn check_prediction(input: &Forecasts, scale: &FeatureScale, row: usize, z: f64) -> Result<()> {
     let level = scale.to_level(z);
-    // A squared error must stay finite too, or the measures would not be numbers.
-    let fits = |value: f64| (value * value).is_finite();
+    // The sum of squared errors must stay finite too, or the measures would not be numbers.
+    let fits = |value: f64| value.abs() < 1e100;
     if fits(z) && fits(level) {
         return Ok(());
     }
