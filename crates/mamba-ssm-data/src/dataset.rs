@@ -4,10 +4,12 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::loader::{Loader, LoaderOptions};
-use crate::prepare::{Plan, mapped};
+use crate::gaps::fill_gaps;
+use crate::loader::{Loader, LoaderOptions, RowSource};
+use crate::plan::{Plan, mapped};
 use crate::series::RawSeries;
-use crate::shards::{Manifest, ShardReader};
+use crate::shards::{Files, Folder, Manifest, PageCache, ShardReader};
+use crate::source::ReadOptions;
 use crate::transform::{Normalised, Transform};
 use crate::windows::{Split, SplitWindows, WindowOptions};
 use crate::{Error, Result};
@@ -52,7 +54,10 @@ struct Inner {
 #[derive(Debug)]
 enum Source {
     Memory,
-    Shards(ShardReader),
+    Shards {
+        reader: Arc<ShardReader>,
+        cache: Arc<PageCache>,
+    },
 }
 
 impl Dataset {
@@ -63,8 +68,12 @@ impl Dataset {
     /// No such folder, no manifest in it, a manifest of another version, a shard that is missing
     /// or cut short.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let reader = ShardReader::open(folder.as_ref())?;
-        let manifest = reader.manifest.clone();
+        Self::of_files(Box::new(Folder(folder.as_ref().into())))
+    }
+
+    fn of_files(files: Box<dyn Files>) -> Result<Self> {
+        let reader = Arc::new(ShardReader::open(files)?);
+        let manifest = &reader.manifest;
         let (start, end) = manifest.fitted_rows;
         Ok(Self::with(Inner {
             transform: manifest.transform.clone(),
@@ -72,7 +81,10 @@ impl Dataset {
             splits: manifest.splits.clone(),
             fitted: start as usize..end as usize,
             rows: manifest.rows as usize,
-            source: Source::Shards(reader),
+            source: Source::Shards {
+                cache: Arc::new(PageCache::new(reader.clone(), 0)),
+                reader: reader.clone(),
+            },
             resident: Mutex::default(),
         }))
     }
@@ -83,8 +95,8 @@ impl Dataset {
     ///
     /// Too few rows for a window or a split; options that cannot work.
     pub fn in_memory(series: RawSeries, windows: &WindowOptions) -> Result<Self> {
-        let plan = Plan::of(series, windows)?;
-        let rows = plan.transform.apply(&plan.series)?;
+        let plan = Plan::of_series(series, windows)?;
+        let rows = plan.normalised()?;
         Ok(Self::of_rows(
             rows,
             plan.transform,
@@ -108,7 +120,8 @@ impl Dataset {
     ) -> Result<Self> {
         windows.validate()?;
         transform.check_columns(&series.schema)?;
-        let (series, map) = mapped(series, windows)?;
+        let series = fill_gaps(series, &windows.gaps)?;
+        let map = mapped(&series);
         let windows_of_split = map.all_in(split, windows)?;
         let rows = transform.apply(&series)?;
         Ok(Self::of_rows(
@@ -174,11 +187,16 @@ impl Dataset {
         self.inner.transform.names()
     }
 
+    /// How the sources were read, when the rows come from a shard set: what a new file has to be read with.
+    pub fn read_options(&self) -> Option<&ReadOptions> {
+        self.manifest().map(|m| &m.read)
+    }
+
     /// The manifest, when the rows come from a shard set.
     pub fn manifest(&self) -> Option<&Manifest> {
         match &self.inner.source {
             Source::Memory => None,
-            Source::Shards(reader) => Some(&reader.manifest),
+            Source::Shards { reader, .. } => Some(&reader.manifest),
         }
     }
 
@@ -218,7 +236,7 @@ impl Dataset {
             return Ok(rows.clone());
         }
         let rows = match &self.inner.source {
-            Source::Shards(reader) => Arc::new(reader.read_all()?),
+            Source::Shards { reader, .. } => Arc::new(reader.read_all()?),
             // A dataset in memory is made with its rows in place.
             Source::Memory => Arc::default(),
         };
@@ -242,6 +260,24 @@ impl Dataset {
                 needed: self.inner.windows.length,
             });
         }
-        Loader::new(self.rows()?, starts, self.inner.windows.length, options)
+        let rows = self.row_source(options.memory_bytes);
+        Loader::new(rows, starts, self.len(), self.inner.windows.length, options)
+    }
+
+    /// Rows in memory if they are there already; otherwise pages, read when they are wanted.
+    fn row_source(&self, memory_bytes: usize) -> RowSource {
+        let resident = self
+            .inner
+            .resident
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match (&*resident, &self.inner.source) {
+            (Some(rows), _) => RowSource::Memory(rows.clone()),
+            (None, Source::Memory) => RowSource::Memory(Arc::default()),
+            (None, Source::Shards { cache, .. }) => {
+                cache.set_capacity(memory_bytes);
+                RowSource::Pages(cache.clone())
+            }
+        }
     }
 }

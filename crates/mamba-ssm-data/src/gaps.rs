@@ -1,6 +1,7 @@
 //! Missing minutes and invalid rows, filled or left.
 
 use crate::series::RawSeries;
+use crate::source::Block;
 use crate::windows::GapPolicy;
 use crate::{Error, Result};
 
@@ -36,73 +37,112 @@ const GROWTH: usize = 4;
 /// ```
 pub fn fill_gaps(series: RawSeries, policy: &GapPolicy) -> Result<RawSeries> {
     policy.validate()?;
-    let limit = match policy {
-        GapPolicy::Split | GapPolicy::Ignore => return Ok(series),
-        GapPolicy::Fill { limit } => *limit,
-        GapPolicy::Mask { .. } => usize::MAX,
+    let Some(mut filler) = Filler::new(policy, series.schema.step, &series.origin) else {
+        return Ok(series);
     };
-    let mut filler = Filler::new(&series, limit);
-    for row in 0..series.len() {
-        filler.push(row)?;
-    }
-    filler.close_run(filler.out.len());
-    Ok(filler.out)
+    let block = Block {
+        timestamps: series.timestamps,
+        columns: series.columns,
+        valid: series.valid,
+    };
+    let mut out = filler.push(&block)?;
+    let rest = filler.finish();
+    out.extend(&rest, 0..rest.len());
+    Ok(RawSeries {
+        schema: series.schema,
+        timestamps: out.timestamps,
+        columns: out.columns,
+        valid: out.valid,
+        origin: series.origin,
+    })
 }
 
-/// Whether a row may stand in a window: true rows, and filled ones.
-pub(crate) fn is_usable(columns: &[Vec<f64>], valid: &[bool], row: usize) -> bool {
-    valid[row] || columns.iter().all(|c| c[row].is_finite())
-}
-
-struct Filler<'a> {
-    series: &'a RawSeries,
+/// Fills rows as they come. Holds back at most `limit` rows, whose fate a later row decides.
+pub(crate) struct Filler {
+    step: i64,
     limit: usize,
-    out: RawSeries,
-    /// First row of `out` in the current run of invalid rows.
-    run: Option<usize>,
+    origin: String,
+    /// Invalid rows since the last valid one that may still be filled.
+    held: Block,
+    /// The run has grown too long to be filled, or nothing came before it.
+    given_up: bool,
+    last_time: Option<i64>,
+    /// The cells of the last row before `held`, all finite.
+    last_cells: Vec<f64>,
+    seen: usize,
     added: usize,
 }
 
-impl<'a> Filler<'a> {
-    fn new(series: &'a RawSeries, limit: usize) -> Self {
-        Self {
-            series,
+impl Filler {
+    /// `None` for the policies that fill nothing.
+    pub(crate) fn new(policy: &GapPolicy, step: i64, origin: &str) -> Option<Self> {
+        let limit = match policy {
+            GapPolicy::Split | GapPolicy::Ignore => return None,
+            GapPolicy::Fill { limit } => *limit,
+            GapPolicy::Mask { .. } => usize::MAX,
+        };
+        Some(Self {
+            step,
             limit,
-            out: RawSeries::empty(series.schema.clone(), series.origin.clone()),
-            run: None,
+            origin: origin.into(),
+            held: Block::default(),
+            given_up: true,
+            last_time: None,
+            last_cells: Vec::new(),
+            seen: 0,
             added: 0,
-        }
+        })
     }
 
-    /// Takes over one row, and the missing rows before it.
-    fn push(&mut self, row: usize) -> Result<()> {
-        let time = self.series.timestamps[row];
-        if let Some(&last) = self.out.timestamps.last() {
-            let missing = self.missing_between(last, time)?;
-            for i in 1..=missing as i64 {
-                self.add(last + i * self.series.schema.step, None);
+    /// Takes the next rows; returns those whose values are settled.
+    pub(crate) fn push(&mut self, block: &Block) -> Result<Block> {
+        let width = block.columns.len();
+        if self.held.columns.len() != width {
+            self.held = Block::with_width(width, 0);
+        }
+        let mut out = Block::with_width(width, block.len());
+        let missing_row = vec![f64::NAN; width];
+        for row in 0..block.len() {
+            let time = block.timestamps[row];
+            self.seen += 1;
+            if let Some(last) = self.last_time.replace(time) {
+                let missing = self.missing_between(last, time)?;
+                for i in 1..=missing as i64 {
+                    self.invalid_row(last + i * self.step, &missing_row, &mut out);
+                }
+            }
+            let cells: Vec<f64> = block.columns.iter().map(|c| c[row]).collect();
+            if block.valid[row] {
+                self.settle(&mut out);
+                push_row(&mut out, time, &cells, true);
+                self.last_cells = cells;
+                self.given_up = false;
+            } else {
+                self.invalid_row(time, &cells, &mut out);
             }
         }
-        self.add(time, Some(row));
-        if self.series.valid[row] {
-            self.close_run(self.out.len() - 1);
-        }
-        Ok(())
+        Ok(out)
+    }
+
+    /// The rows held back to the end.
+    pub(crate) fn finish(&mut self) -> Block {
+        let mut out = Block::with_width(self.held.columns.len(), self.held.len());
+        self.settle(&mut out);
+        out
     }
 
     /// Rows to add between two timestamps.
     fn missing_between(&mut self, last: i64, time: i64) -> Result<usize> {
-        let step = self.series.schema.step;
         let distance = time.abs_diff(last);
-        let step = step.unsigned_abs();
+        let step = self.step.unsigned_abs();
         let missing = usize::try_from((distance / step).saturating_sub(1)).unwrap_or(usize::MAX);
         if !distance.is_multiple_of(step) || missing > self.limit {
             return Ok(0);
         }
         self.added = self.added.saturating_add(missing);
-        if self.added > ALWAYS_ALLOWED.max(self.series.len().saturating_mul(GROWTH)) {
+        if self.added > ALWAYS_ALLOWED.max(self.seen.saturating_mul(GROWTH)) {
             return Err(Error::Source {
-                path: self.series.origin.clone(),
+                path: self.origin.clone(),
                 reason: format!(
                     "the gap from {} to {} would take {missing} masked rows; use the policy `split` or `fill`",
                     crate::format_time(last),
@@ -113,32 +153,47 @@ impl<'a> Filler<'a> {
         Ok(missing)
     }
 
-    /// Adds a row; without a source row, or where that has no number, NaN marks what to fill.
-    fn add(&mut self, time: i64, row: Option<usize>) {
-        let valid = row.is_some_and(|r| self.series.valid[r]);
-        if !valid && self.run.is_none() {
-            self.run = Some(self.out.len());
-        }
-        self.out.timestamps.push(time);
-        self.out.valid.push(valid);
-        for (out, column) in self.out.columns.iter_mut().zip(&self.series.columns) {
-            out.push(row.map_or(f64::NAN, |r| column[r]));
+    /// Takes an invalid row: fills it at once, holds it back, or lets it go as it is.
+    fn invalid_row(&mut self, time: i64, cells: &[f64], out: &mut Block) {
+        if self.given_up {
+            push_row(out, time, cells, false);
+        } else if self.limit == usize::MAX {
+            self.fill_row(time, cells, out);
+        } else {
+            push_row(&mut self.held, time, cells, false);
+            if self.held.len() > self.limit {
+                self.given_up = true;
+                out.extend(&self.held, 0..self.held.len());
+                self.held = Block::with_width(self.held.columns.len(), 0);
+            }
         }
     }
 
-    /// Ends the run of invalid rows before `end`, filling it when it is short enough.
-    fn close_run(&mut self, end: usize) {
-        let Some(start) = self.run.take() else { return };
-        if start == 0 || end - start > self.limit {
-            return;
+    /// Fills what has been held back.
+    fn settle(&mut self, out: &mut Block) {
+        let held = std::mem::take(&mut self.held);
+        for (row, &time) in held.timestamps.iter().enumerate() {
+            let cells: Vec<f64> = held.columns.iter().map(|c| c[row]).collect();
+            self.fill_row(time, &cells, out);
         }
-        for column in &mut self.out.columns {
-            for row in start..end {
-                if !column[row].is_finite() {
-                    column[row] = column[row - 1];
-                }
+        self.held = Block::with_width(held.columns.len(), 0);
+    }
+
+    fn fill_row(&mut self, time: i64, cells: &[f64], out: &mut Block) {
+        for (last, &cell) in self.last_cells.iter_mut().zip(cells) {
+            if cell.is_finite() {
+                *last = cell;
             }
         }
+        push_row(out, time, &self.last_cells, false);
+    }
+}
+
+fn push_row(out: &mut Block, time: i64, cells: &[f64], valid: bool) {
+    out.timestamps.push(time);
+    out.valid.push(valid);
+    for (column, &cell) in out.columns.iter_mut().zip(cells) {
+        column.push(cell);
     }
 }
 
@@ -176,10 +231,7 @@ mod tests {
         assert!(filled.columns[0][1].is_nan() && filled.columns[0][2].is_nan());
         assert_eq!(filled.columns[0][4], 4.0);
         assert!(!filled.valid[4]);
-        let usable: Vec<bool> = (0..6)
-            .map(|r| is_usable(&filled.columns, &filled.valid, r))
-            .collect();
-        assert_eq!(usable, [true, false, false, true, true, true]);
+        assert_eq!(filled.columns[0][5], 6.0);
     }
 
     #[test]
@@ -204,6 +256,42 @@ mod tests {
         .unwrap_err()
         .to_string();
         assert!(message.contains("masked rows"), "{message}");
+    }
+
+    #[test]
+    fn blocks_of_any_size_are_filled_alike() {
+        let nan = f64::NAN;
+        let input = series(
+            &[0, 1, 4, 5, 6, 9, 20, 21, 24],
+            &[1.0, nan, 3.0, nan, nan, 6.0, nan, 8.0, 9.0],
+        );
+        for policy in [
+            GapPolicy::Fill { limit: 3 },
+            GapPolicy::Mask { min_valid: 0.0 },
+        ] {
+            let whole = fill_gaps(input.clone(), &policy).unwrap();
+            let mut filler = Filler::new(&policy, 60, "x").unwrap();
+            let mut out = Block::with_width(1, 0);
+            for row in 0..input.len() {
+                let part = input.slice(row..row + 1);
+                let block = Block {
+                    timestamps: part.timestamps,
+                    columns: part.columns,
+                    valid: part.valid,
+                };
+                let filled = filler.push(&block).unwrap();
+                out.extend(&filled, 0..filled.len());
+            }
+            let rest = filler.finish();
+            out.extend(&rest, 0..rest.len());
+            assert_eq!(out.timestamps, whole.timestamps);
+            assert_eq!(out.valid, whole.valid);
+            let same = out.columns[0]
+                .iter()
+                .zip(&whole.columns[0])
+                .all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{policy:?}");
+        }
     }
 
     #[test]

@@ -34,13 +34,16 @@
 
 mod dataset;
 mod error;
+mod features;
 mod gaps;
 mod loader;
+mod plan;
 mod prepare;
 mod schema;
 mod series;
 mod shards;
 mod source;
+mod store;
 pub mod synthetic;
 mod time;
 mod transform;
@@ -48,13 +51,14 @@ mod windows;
 
 pub use dataset::Dataset;
 pub use error::{Error, Result};
+pub use features::{Feature, add_features};
 pub use gaps::fill_gaps;
 pub use loader::{Batch, Loader, LoaderOptions};
 pub use prepare::{PrepareOptions, Progress, Stage, Summary, prepare, prepare_with};
 pub use schema::{ColumnSpec, Role, Scale, Schema};
 pub use series::RawSeries;
 pub use shards::{MANIFEST, Manifest, Shard};
-pub use source::{OrderPolicy, ReadOptions, read_series};
+pub use source::{OrderPolicy, ReadOptions, read_many, read_series};
 pub use time::{format_time, parse_time};
 pub use transform::{FeatureStats, Normalised, Transform};
 pub use windows::{GapPolicy, Protocol, Split, SplitWindows, StartRange, WindowOptions};

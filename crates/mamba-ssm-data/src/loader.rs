@@ -1,12 +1,15 @@
 //! Batches of windows: shuffled by seed, made by worker threads, resumable at any batch.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
 use rand::seq::SliceRandom;
+use rayon::prelude::*;
 
+use crate::shards::PageCache;
 use crate::transform::Normalised;
 use crate::{Error, Result};
 
@@ -33,6 +36,9 @@ pub struct LoaderOptions {
     pub workers: usize,
     /// Batches each worker makes ahead.
     pub prefetch: usize,
+    /// Bytes of rows to hold in memory. A series that fits is shuffled as a whole; of a larger one,
+    /// as many pages as fit are drawn at random and their windows shuffled together.
+    pub memory_bytes: usize,
 }
 
 impl LoaderOptions {
@@ -49,6 +55,7 @@ impl LoaderOptions {
             world: 1,
             workers: 0,
             prefetch: 2,
+            memory_bytes: 256 << 20,
         }
     }
 
@@ -93,6 +100,12 @@ impl LoaderOptions {
     pub fn with_workers(mut self, workers: usize, prefetch: usize) -> Self {
         self.workers = workers;
         self.prefetch = prefetch;
+        self
+    }
+
+    /// Sets the bytes of rows to hold in memory.
+    pub fn with_memory_bytes(mut self, bytes: usize) -> Self {
+        self.memory_bytes = bytes;
         self
     }
 
@@ -141,7 +154,8 @@ pub struct Batch {
 
 /// An iterator over the batches of a split.
 ///
-/// The order depends on seed and epoch alone, not on workers or prefetch. A loader that is made with `skip` set to
+/// The order depends on seed and epoch alone (and on `memory_bytes`, where the series does not fit in
+/// it), not on workers or prefetch. A loader that is made with `skip` set to
 /// the number of batches already taken goes on exactly where the first one stopped.
 #[derive(Debug)]
 pub struct Loader {
@@ -154,7 +168,7 @@ pub struct Loader {
 
 #[derive(Debug)]
 struct BatchPlan {
-    rows: Arc<Normalised>,
+    rows: RowSource,
     /// Start rows of all windows of this rank, in the order of the epoch.
     order: Vec<u64>,
     batch: usize,
@@ -164,12 +178,13 @@ struct BatchPlan {
 
 impl Loader {
     pub(crate) fn new(
-        rows: Arc<Normalised>,
+        rows: RowSource,
         starts: Vec<u64>,
+        series_rows: usize,
         length: usize,
         options: &LoaderOptions,
     ) -> Result<Self> {
-        let order = epoch_order(starts, options);
+        let order = epoch_order(starts, &rows, series_rows, length, options);
         let full = order.len() / options.batch;
         let all = if options.drop_last {
             full
@@ -221,7 +236,7 @@ impl Iterator for Loader {
         let index = self.next;
         self.next += 1;
         if self.workers.is_empty() {
-            return Some(Ok(self.plan.gather(index)));
+            return Some(self.plan.gather(index));
         }
         let worker = &self.workers[(index - self.first) % self.workers.len()];
         Some(worker.recv().unwrap_or_else(|_| {
@@ -242,28 +257,95 @@ impl ExactSizeIterator for Loader {}
 
 impl BatchPlan {
     /// Copies the windows of one batch.
-    fn gather(&self, index: usize) -> Batch {
+    fn gather(&self, index: usize) -> Result<Batch> {
         let from = index * self.batch;
         let starts = &self.order[from..(from + self.batch).min(self.order.len())];
-        let width = self.rows.width;
-        let mut values = Vec::with_capacity(starts.len() * self.length * width);
-        let mut mask = Vec::with_capacity(starts.len() * self.length);
-        for &start in starts {
-            let rows = start as usize..start as usize + self.length;
-            values.extend_from_slice(&self.rows.values[rows.start * width..rows.end * width]);
-            mask.extend(
-                self.rows.valid[rows]
-                    .iter()
-                    .map(|&v| f32::from(u8::from(v))),
-            );
-        }
-        Batch {
-            values,
-            mask,
-            starts: starts.to_vec(),
+        let later = &self.order[(from + starts.len()).min(self.order.len())..];
+        self.rows.announce(&later[..later.len().min(self.batch)]);
+        let mut batch = Batch {
             batch: starts.len(),
             length: self.length,
-            features: width,
+            starts: starts.to_vec(),
+            ..Batch::default()
+        };
+        match &self.rows {
+            RowSource::Memory(rows) => self.from_memory(rows, &mut batch),
+            RowSource::Pages(pages) => self.from_pages(pages, &mut batch)?,
+        }
+        Ok(batch)
+    }
+
+    fn from_memory(&self, rows: &Normalised, batch: &mut Batch) {
+        let width = rows.width;
+        batch.features = width;
+        batch
+            .values
+            .reserve_exact(batch.batch * self.length * width);
+        batch.mask.reserve_exact(batch.batch * self.length);
+        for &start in &batch.starts {
+            let window = start as usize..start as usize + self.length;
+            batch
+                .values
+                .extend_from_slice(&rows.values[window.start * width..window.end * width]);
+            batch
+                .mask
+                .extend(rows.valid[window].iter().map(|&v| as_mask(v)));
+        }
+    }
+
+    fn from_pages(&self, pages: &PageCache, batch: &mut Batch) -> Result<()> {
+        let page_rows = pages.page_rows();
+        let wanted: BTreeSet<usize> = batch
+            .starts
+            .iter()
+            .flat_map(|&s| s as usize / page_rows..=(s as usize + self.length - 1) / page_rows)
+            .collect();
+        let held = wanted
+            .into_par_iter()
+            .map(|index| Ok((index, pages.page(index)?)))
+            .collect::<Result<HashMap<_, _>>>()?;
+        for &start in &batch.starts {
+            let mut row = start as usize;
+            let end = row + self.length;
+            while row < end {
+                let page = &held[&(row / page_rows)];
+                let width = page.values.len() / page.valid.len();
+                let from = row % page_rows;
+                let to = page_rows.min(from + end - row);
+                batch.features = width;
+                batch
+                    .values
+                    .extend_from_slice(&page.values[from * width..to * width]);
+                batch
+                    .mask
+                    .extend(page.valid[from..to].iter().map(|&v| as_mask(v)));
+                row += to - from;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn as_mask(valid: bool) -> f32 {
+    f32::from(u8::from(valid))
+}
+
+/// Where the rows of a batch come from.
+#[derive(Debug, Clone)]
+pub(crate) enum RowSource {
+    /// All rows are in memory.
+    Memory(Arc<Normalised>),
+    /// Pages of shards, as many in memory as fit.
+    Pages(Arc<PageCache>),
+}
+
+impl RowSource {
+    /// Says which windows come next, so that their shards can be on their way.
+    fn announce(&self, starts: &[u64]) {
+        if let RowSource::Pages(pages) = self {
+            for &start in starts {
+                pages.prefetch(start as usize / pages.page_rows());
+            }
         }
     }
 }
@@ -279,7 +361,7 @@ fn spawn_worker(
         .name("load-batches".into())
         .spawn(move || {
             for index in (first..plan.batches).step_by(step) {
-                if sender.send(Ok(plan.gather(index))).is_err() {
+                if sender.send(plan.gather(index)).is_err() {
                     return;
                 }
             }
@@ -289,12 +371,27 @@ fn spawn_worker(
 }
 
 /// The windows of this rank in the order of the epoch.
-fn epoch_order(mut starts: Vec<u64>, options: &LoaderOptions) -> Vec<u64> {
+fn epoch_order(
+    mut starts: Vec<u64>,
+    rows: &RowSource,
+    series_rows: usize,
+    length: usize,
+    options: &LoaderOptions,
+) -> Vec<u64> {
     if let Some(seed) = options.shuffle {
         // One generator per epoch: an order that can be found again without replaying the epochs before.
         let mut rng = ChaCha12Rng::seed_from_u64(seed);
         rng.set_stream(options.epoch);
-        starts.shuffle(&mut rng);
+        match rows {
+            RowSource::Pages(pages)
+                if series_rows.div_ceil(pages.page_rows()) * pages.page_bytes()
+                    > options.memory_bytes =>
+            {
+                let at_once = options.memory_bytes / pages.page_bytes();
+                starts = shuffle_by_pages(&starts, pages.page_rows(), length, at_once, &mut rng);
+            }
+            _ => starts.shuffle(&mut rng),
+        }
     }
     if options.world == 1 {
         return starts;
@@ -306,4 +403,53 @@ fn epoch_order(mut starts: Vec<u64>, options: &LoaderOptions) -> Vec<u64> {
         .take(share)
         .map(|round| round[options.rank])
         .collect()
+}
+
+/// Draws pages at random, some at once, and shuffles the windows that start in them together.
+fn shuffle_by_pages(
+    starts: &[u64],
+    page_rows: usize,
+    length: usize,
+    at_once: usize,
+    rng: &mut ChaCha12Rng,
+) -> Vec<u64> {
+    let mut by_page: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
+    for &start in starts {
+        by_page
+            .entry(start as usize / page_rows)
+            .or_default()
+            .push(start);
+    }
+    let mut pages: Vec<Vec<u64>> = by_page.into_values().collect();
+    pages.shuffle(rng);
+    // A window may reach into the pages behind its own; those must fit as well.
+    let reach = 1 + (length - 1).div_ceil(page_rows);
+    let mut order = Vec::with_capacity(starts.len());
+    for some in pages.chunks((at_once / reach).max(1)) {
+        let mut together = some.concat();
+        together.shuffle(rng);
+        order.extend(together);
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_shuffled_without_loss() {
+        let starts: Vec<u64> = (0..1000).map(|i| i * 5).collect();
+        let mut rng = ChaCha12Rng::seed_from_u64(1);
+        let order = shuffle_by_pages(&starts, 100, 20, 6, &mut rng);
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, starts);
+        assert_ne!(order, starts);
+        // Six pages fit and a window reaches into two: three pages of twenty windows at once.
+        for some in order.chunks(60) {
+            let pages: BTreeSet<u64> = some.iter().map(|s| s / 100).collect();
+            assert!(pages.len() <= 3, "{pages:?}");
+        }
+    }
 }

@@ -6,20 +6,19 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::gaps::{fill_gaps, is_usable};
-use crate::series::RawSeries;
-use crate::shards::{GROUP_ROWS, Manifest, RowGroup, ShardWriter, Staging};
-use crate::source::{ReadOptions, read_with};
-use crate::transform::{Transform, finite_or_zero};
-use crate::windows::{RowMap, Split, SplitWindows, WindowOptions};
+use crate::plan::Plan;
+use crate::shards::{GROUP_ROWS, Manifest, ShardWriter, Staging};
+use crate::source::{ReadOptions, Stream};
+use crate::transform::Transform;
+use crate::windows::{Split, SplitWindows, WindowOptions};
 use crate::{Error, Result};
 
 /// What to prepare, and how.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PrepareOptions {
-    /// The source file.
-    pub input: PathBuf,
+    /// The source files, or patterns that match them (`data/*.zip`).
+    pub inputs: Vec<PathBuf>,
     /// The folder of the shard set. Made if it is not there; a set in it is replaced as a whole.
     pub output: PathBuf,
     /// How to read the source.
@@ -31,22 +30,42 @@ pub struct PrepareOptions {
     /// Size of a shard before compression, bytes.
     #[serde(default = "default_shard_bytes")]
     pub shard_bytes: usize,
+    /// Bytes of rows to hold in memory; the rest waits in an unnamed file beside the output.
+    #[serde(default = "default_memory_bytes")]
+    pub memory_bytes: usize,
 }
 
 fn default_shard_bytes() -> usize {
     64 << 20
 }
 
+fn default_memory_bytes() -> usize {
+    384 << 20
+}
+
 impl PrepareOptions {
     /// The defaults of all options but the two paths.
     pub fn new(input: impl Into<PathBuf>, output: impl Into<PathBuf>) -> Self {
         Self {
-            input: input.into(),
+            inputs: vec![input.into()],
             output: output.into(),
             read: ReadOptions::default(),
             windows: WindowOptions::default(),
             shard_bytes: default_shard_bytes(),
+            memory_bytes: default_memory_bytes(),
         }
+    }
+
+    /// Adds a source file or pattern.
+    pub fn with_input(mut self, input: impl Into<PathBuf>) -> Self {
+        self.inputs.push(input.into());
+        self
+    }
+
+    /// Sets the bytes of rows to hold in memory.
+    pub fn with_memory_bytes(mut self, bytes: usize) -> Self {
+        self.memory_bytes = bytes;
+        self
     }
 
     /// Sets how the source is read.
@@ -112,8 +131,8 @@ pub struct Summary {
 /// Reads, fits, windows, normalises, and publishes a shard set.
 ///
 /// The folder changes in one step: until the rename of its manifest it holds the old set (or
-/// none), from then on the new one, whenever the process is killed. Memory: the source's rows
-/// (9 + 8 bytes per column each) and a few row groups.
+/// none), from then on the new one, whenever the process is killed. Memory: `memory_bytes` of rows, about
+/// 30 MB of text on its way, and two row groups per thread, however large the sources.
 ///
 /// # Errors
 ///
@@ -140,146 +159,97 @@ pub fn prepare_with(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Summary> {
     options.windows.validate()?;
-    let total = std::fs::metadata(&options.input).map_or(0, |m| m.len());
     let mut tell = |stage, done, total| match progress(Progress { stage, done, total }) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::Cancelled),
     };
-    let series = read_with(&options.input, &options.read, &mut |done| {
-        tell(Stage::Read, done, total)
-    })?;
-    let plan = Plan::of(series, &options.windows)?;
+    let stream = Stream::open(&options.inputs, &options.read)?;
+    let sources = stream
+        .files
+        .iter()
+        .map(|f| f.display().to_string())
+        .collect();
+    let beside = existing_ancestor(&options.output);
+    let plan = Plan::of_stream(
+        stream,
+        &options.windows,
+        options.memory_bytes,
+        &beside,
+        &mut |done, total| tell(Stage::Read, done, total),
+    )?;
     let staging = Staging::create(&options.output)?;
-    let manifest = plan.write(&staging, options, &mut |done, total| {
+    let manifest = write(&plan, &staging, options, sources, &mut |done, total| {
         tell(Stage::Write, done, total)
     })?;
-    let summary = plan.summary(&manifest);
+    let summary = summary(&plan, &manifest);
     staging.publish(&manifest)?;
     Ok(summary)
 }
 
-/// A series with everything decided: gaps filled, windows shared out, transform fitted.
-pub(crate) struct Plan {
-    pub(crate) series: RawSeries,
-    pub(crate) map: RowMap,
-    pub(crate) splits: Vec<SplitWindows>,
-    pub(crate) transform: Transform,
-    pub(crate) fitted: std::ops::Range<usize>,
+/// Writes the shards; returns the manifest that makes them a set.
+fn write(
+    plan: &Plan,
+    staging: &Staging,
+    options: &PrepareOptions,
+    sources: Vec<String>,
+    tell: &mut dyn FnMut(u64, u64) -> Result<()>,
+) -> Result<Manifest> {
+    let about = vec![(
+        "mamba-ssm-data.transform".into(),
+        to_json(&plan.transform, &options.output)?,
+    )];
+    let mut writer = ShardWriter::new(staging, plan.transform.names(), options.shard_bytes, about)?;
+    let rows = plan.store.rows();
+    let groups: Vec<usize> = (0..plan.store.groups()).collect();
+    for some in groups.chunks(rayon::current_num_threads()) {
+        let ready = some
+            .par_iter()
+            .map(|&g| plan.row_group(g))
+            .collect::<Result<_>>()?;
+        writer.write(ready)?;
+        let done = some.last().map_or(0, |g| (g + 1) * GROUP_ROWS).min(rows);
+        tell(done as u64, rows as u64)?;
+    }
+    let shards = writer.finish()?;
+    let (format, version) = Manifest::signature();
+    Ok(Manifest {
+        format,
+        version,
+        generation: staging.generation(),
+        sources,
+        rows: rows as u64,
+        valid_rows: (rows - plan.map.invalid_rows()) as u64,
+        time: plan.store.time(),
+        read: options.read.clone(),
+        transform: plan.transform.clone(),
+        fitted_rows: (plan.fitted.start as u64, plan.fitted.end as u64),
+        windows: options.windows.clone(),
+        splits: plan.splits.clone(),
+        group_rows: GROUP_ROWS as u64,
+        shards,
+    })
 }
 
-impl Plan {
-    pub(crate) fn of(series: RawSeries, windows: &WindowOptions) -> Result<Self> {
-        let (series, map) = mapped(series, windows)?;
-        let (fitted, splits) = map.share_out(windows)?;
-        let transform = Transform::fit(&series, fitted.clone())?;
-        Ok(Self {
-            series,
-            map,
-            splits,
-            transform,
-            fitted,
-        })
-    }
-
-    fn write(
-        &self,
-        staging: &Staging,
-        options: &PrepareOptions,
-        tell: &mut dyn FnMut(u64, u64) -> Result<()>,
-    ) -> Result<Manifest> {
-        let mut writer = ShardWriter::new(
-            staging,
-            self.transform.names(),
-            options.shard_bytes,
-            vec![(
-                "mamba-ssm-data.transform".into(),
-                to_json(&self.transform, &options.output)?,
-            )],
-        )?;
-        let rows = self.series.len();
-        let at_once = GROUP_ROWS * rayon::current_num_threads();
-        for start in (0..rows).step_by(at_once) {
-            let end = (start + at_once).min(rows);
-            writer.write(self.groups(start..end))?;
-            tell(end as u64, rows as u64)?;
-        }
-        let shards = writer.finish()?;
-        let (format, version) = Manifest::signature();
-        Ok(Manifest {
-            format,
-            version,
-            generation: staging.generation(),
-            sources: vec![options.input.display().to_string()],
-            rows: rows as u64,
-            valid_rows: (rows - self.map.invalid_rows()) as u64,
-            time: self.time(),
-            schema: self.series.schema.clone(),
-            transform: self.transform.clone(),
-            fitted_rows: (self.fitted.start as u64, self.fitted.end as u64),
-            windows: options.windows.clone(),
-            splits: self.splits.clone(),
-            group_rows: GROUP_ROWS as u64,
-            shards,
-        })
-    }
-
-    /// Normalises some rows, one row group per task.
-    fn groups(&self, rows: std::ops::Range<usize>) -> Vec<RowGroup> {
-        let starts: Vec<usize> = rows.clone().step_by(GROUP_ROWS).collect();
-        starts
-            .into_par_iter()
-            .map(|start| {
-                let range = start..(start + GROUP_ROWS).min(rows.end);
-                RowGroup {
-                    timestamps: self.series.timestamps[range.clone()].to_vec(),
-                    valid: self.series.valid[range.clone()].to_vec(),
-                    columns: self
-                        .transform
-                        .features
-                        .iter()
-                        .zip(&self.series.columns)
-                        .map(|(stats, column)| {
-                            column[range.clone()]
-                                .iter()
-                                .map(|&level| finite_or_zero(stats.apply(level)))
-                                .collect()
-                        })
-                        .collect(),
-                }
-            })
-            .collect()
-    }
-
-    fn time(&self) -> (i64, i64) {
-        let times = &self.series.timestamps;
-        (times[0], times[times.len() - 1])
-    }
-
-    fn summary(&self, manifest: &Manifest) -> Summary {
-        Summary {
-            rows: self.series.len(),
-            invalid_rows: self.map.invalid_rows(),
-            breaks: self.map.runs().saturating_sub(1),
-            time: self.time(),
-            windows: Split::ALL.map(|s| manifest.split(s).map_or(0, SplitWindows::len)),
-            shards: manifest.shards.len(),
-            bytes: manifest.shards.iter().map(|s| s.bytes).sum(),
-            transform: self.transform.clone(),
-        }
+fn summary(plan: &Plan, manifest: &Manifest) -> Summary {
+    Summary {
+        rows: plan.store.rows(),
+        invalid_rows: plan.map.invalid_rows(),
+        breaks: plan.map.runs().saturating_sub(1),
+        time: plan.store.time(),
+        windows: Split::ALL.map(|s| manifest.split(s).map_or(0, SplitWindows::len)),
+        shards: manifest.shards.len(),
+        bytes: manifest.shards.iter().map(|s| s.bytes).sum(),
+        transform: plan.transform.clone(),
     }
 }
 
-/// Fills gaps as the policy asks and notes where windows may lie.
-pub(crate) fn mapped(series: RawSeries, windows: &WindowOptions) -> Result<(RawSeries, RowMap)> {
-    let series = fill_gaps(series, &windows.gaps)?;
-    let mut map = RowMap::default();
-    map.extend(
-        series.schema.step,
-        &series.timestamps,
-        &series.valid,
-        |row| is_usable(&series.columns, &series.valid, row),
-    );
-    Ok((series, map))
+/// The folder itself, or the nearest one above it that is there.
+fn existing_ancestor(path: &Path) -> PathBuf {
+    let found = path.ancestors().find(|p| p.is_dir());
+    match found {
+        Some(folder) => folder.into(),
+        None => PathBuf::from("."),
+    }
 }
 
 fn to_json(value: &impl Serialize, path: &Path) -> Result<String> {

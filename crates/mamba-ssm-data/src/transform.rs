@@ -30,7 +30,13 @@ impl FeatureStats {
     /// Level to z-score: `(scale(x) - mean) / std`.
     #[inline]
     pub fn apply(&self, level: f64) -> f64 {
-        (self.scale.forward(level) - self.mean) / self.std
+        self.standardise(self.scale.forward(level))
+    }
+
+    /// Scaled value to z-score.
+    #[inline]
+    pub(crate) fn standardise(&self, scaled: f64) -> f64 {
+        (scaled - self.mean) / self.std
     }
 
     /// z-score to level.
@@ -250,29 +256,31 @@ impl Moments {
             .par_chunks(BLOCK)
             .zip(valid.par_chunks(BLOCK))
             .map(|(cells, valid)| {
-                let kept: Vec<f64> = cells
-                    .iter()
-                    .zip(valid)
-                    .filter(|(_, valid)| **valid)
-                    .map(|(x, _)| function(*x))
-                    .collect();
-                Self::of(&kept)
+                let scaled: Vec<f64> = cells.iter().map(|x| function(*x)).collect();
+                Self::of_valid(&scaled, valid)
             })
             .collect();
         parts.into_iter().fold(Self::default(), Self::merge)
     }
 
-    /// The moments of some values.
-    pub(crate) fn of(values: &[f64]) -> Self {
-        if values.is_empty() {
+    /// The moments of the valid ones among some values.
+    pub(crate) fn of_valid(values: &[f64], valid: &[bool]) -> Self {
+        let kept = || {
+            values
+                .iter()
+                .zip(valid)
+                .filter(|(_, valid)| **valid)
+                .map(|(x, _)| *x)
+        };
+        let count = kept().count();
+        if count == 0 {
             return Self::default();
         }
-        let mean = values.iter().sum::<f64>() / values.len() as f64;
-        let m2 = values.iter().map(|x| (x - mean) * (x - mean)).sum();
+        let mean = kept().sum::<f64>() / count as f64;
         Self {
-            count: values.len() as u64,
+            count: count as u64,
             mean,
-            m2,
+            m2: kept().map(|x| (x - mean) * (x - mean)).sum(),
         }
     }
 
@@ -366,10 +374,11 @@ mod tests {
     #[test]
     fn moments_merge_to_the_moments_of_the_whole() {
         let values: Vec<f64> = (0..1000).map(|i| ((i * 37) % 101) as f64 + 1e6).collect();
-        let whole = Moments::of(&values);
+        let of = |values: &[f64]| Moments::of_valid(values, &vec![true; values.len()]);
+        let whole = of(&values);
         let merged = values
             .chunks(77)
-            .map(Moments::of)
+            .map(of)
             .fold(Moments::default(), Moments::merge);
         assert_eq!(whole.count, merged.count);
         assert!((whole.mean - merged.mean).abs() < 1e-9);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::schema::Schema;
+use crate::source::ReadOptions;
 use crate::transform::Transform;
 use crate::windows::{Split, SplitWindows, WindowOptions};
 use crate::{Error, Result};
@@ -51,8 +51,8 @@ pub struct Manifest {
     pub valid_rows: u64,
     /// First and last timestamp, unix seconds.
     pub time: (i64, i64),
-    /// The columns before the transform.
-    pub schema: Schema,
+    /// How the sources were read: columns, computed features, range of time.
+    pub read: ReadOptions,
     /// The fitted transform.
     pub transform: Transform,
     /// Rows the transform was fitted on: first, and one past the last.
@@ -109,10 +109,10 @@ impl Manifest {
 
     /// Consistency that no reader should have to doubt again.
     fn check(&self) -> std::result::Result<(), String> {
-        self.schema.validate().map_err(|e| e.to_string())?;
+        let schema = self.read.output_schema().map_err(|e| e.to_string())?;
         self.windows.validate().map_err(|e| e.to_string())?;
         self.transform
-            .check_columns(&self.schema)
+            .check_columns(&schema)
             .map_err(|e| e.to_string())?;
         let sound =
             |f: &crate::FeatureStats| f.mean.is_finite() && f.std.is_finite() && f.std > 0.0;
@@ -137,8 +137,19 @@ impl Manifest {
         if next != self.rows {
             return Err(format!("shards hold {next} rows; expected {}", self.rows));
         }
-        if self.group_rows == 0 {
-            return Err("group_rows is 0; expected at least 1".into());
+        if !(1..=1 << 24).contains(&self.group_rows) {
+            return Err(format!(
+                "group_rows is {}; expected 1 to {}",
+                self.group_rows,
+                1 << 24
+            ));
+        }
+        let all_but_last = &self.shards[..self.shards.len().saturating_sub(1)];
+        if all_but_last
+            .iter()
+            .any(|s| !s.rows.is_multiple_of(self.group_rows))
+        {
+            return Err("a shard that is not the last one does not hold whole row groups".into());
         }
         self.check_windows()
     }

@@ -1,10 +1,14 @@
 //! Shard sets: Parquet files and a manifest, published as one.
 
+mod cache;
+mod files;
 mod manifest;
 mod publish;
 mod read;
 mod write;
 
+pub(crate) use cache::PageCache;
+pub(crate) use files::{Files, Folder};
 pub use manifest::{MANIFEST, Manifest, Shard};
 pub(crate) use publish::Staging;
 pub(crate) use read::ShardReader;

@@ -1,60 +1,131 @@
 //! Parquet files back to rows, checked before they are trusted.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::array::{Array, BooleanArray, Float32Array, TimestampMillisecondArray};
 use arrow::record_batch::RecordBatch;
-use bytes::Bytes;
+use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder};
 use rayon::prelude::*;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::Xxh3;
 
+use super::files::Files;
 use super::manifest::{MANIFEST, Manifest, Shard};
 use super::write::arrow_schema;
+use crate::source::quietly;
 use crate::transform::Normalised;
 use crate::{Error, Result};
 
-/// Reads the shards of one set.
-#[derive(Debug, Clone)]
+/// Reads the shards of one set, a page (row group) at a time.
+#[derive(Debug)]
 pub(crate) struct ShardReader {
-    root: PathBuf,
-    pub(crate) manifest: Arc<Manifest>,
+    files: Box<dyn Files>,
+    pub(crate) manifest: Manifest,
+    /// Shards that have been opened and found whole.
+    open: Vec<Mutex<Option<Arc<OpenShard>>>>,
+}
+
+/// A shard that has been found whole.
+#[derive(Debug)]
+struct OpenShard {
+    file: File,
+    metadata: ArrowReaderMetadata,
+}
+
+/// The rows of one row group.
+#[derive(Debug)]
+pub(crate) struct Page {
+    /// `[rows, width]`.
+    pub(crate) values: Vec<f32>,
+    pub(crate) valid: Vec<bool>,
 }
 
 impl ShardReader {
     /// Reads the manifest and checks that every shard is there with its full size.
-    pub(crate) fn open(root: &Path) -> Result<Self> {
-        let path = root.join(MANIFEST);
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return Err(match root.exists() {
-                    true => Error::NotAShardSet { path: root.into() },
-                    false => Error::NotFound { path: root.into() },
-                });
-            }
-            Err(e) => return Err(Error::io(&path, "read it", e)),
-        };
-        let manifest = Arc::new(Manifest::parse(&path, &bytes)?);
+    pub(crate) fn open(files: Box<dyn Files>) -> Result<Self> {
+        let manifest = Manifest::parse(&files.place(MANIFEST), &files.manifest()?)?;
         for shard in &manifest.shards {
-            let path = root.join(&shard.file);
-            let found = fs::metadata(&path).map(|m| m.len());
-            match found {
-                Ok(found) => check_size(&path, shard, found)?,
-                Err(_) => return Err(damaged(&path, "it is missing".into())),
-            }
+            files.check(shard)?;
         }
+        let open = manifest.shards.iter().map(|_| Mutex::default()).collect();
         Ok(Self {
-            root: root.into(),
+            files,
             manifest,
+            open,
         })
     }
 
-    /// Reads all rows. Memory: the rows and one compressed shard.
+    /// Rows of a page; the last one may have fewer.
+    pub(crate) fn page_rows(&self) -> usize {
+        self.manifest.group_rows as usize
+    }
+
+    /// Number of pages.
+    pub(crate) fn pages(&self) -> usize {
+        (self.manifest.rows as usize).div_ceil(self.page_rows())
+    }
+
+    /// The shard that a page lies in, and its row group there.
+    fn locate(&self, page: usize) -> (usize, usize) {
+        let row = page as u64 * self.manifest.group_rows;
+        let shards = &self.manifest.shards;
+        let shard = shards
+            .partition_point(|s| s.first_row <= row)
+            .saturating_sub(1);
+        let group = (row - shards[shard].first_row) / self.manifest.group_rows;
+        (shard, group as usize)
+    }
+
+    /// Reads one page.
+    pub(crate) fn page(&self, page: usize) -> Result<Page> {
+        let (shard, group) = self.locate(page);
+        let width = self.manifest.transform.width();
+        let mut out = Page {
+            values: Vec::new(),
+            valid: Vec::new(),
+        };
+        self.read_group(shard, group, false, |batch| {
+            let start = out.values.len();
+            out.values.resize(start + batch.num_rows() * width, 0.0);
+            out.valid.resize(out.valid.len() + batch.num_rows(), false);
+            let valid_start = out.valid.len() - batch.num_rows();
+            copy_rows(
+                batch,
+                width,
+                &mut out.values[start..],
+                &mut out.valid[valid_start..],
+            )
+        })?;
+        let rows = self
+            .page_rows()
+            .min(self.manifest.rows as usize - page * self.page_rows());
+        match out.valid.len() == rows {
+            true => Ok(out),
+            false => Err(self.wrong(shard, format!("row group {group} has not {rows} rows"))),
+        }
+    }
+
+    /// Says that a page will be wanted soon.
+    pub(crate) fn prefetch(&self, page: usize) {
+        let (shard, _) = self.locate(page);
+        let slot = self.open[shard]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if slot.is_none() {
+            self.files.prefetch(&self.manifest.shards[shard]);
+        }
+    }
+
+    /// Reads all rows, with their timestamps.
     pub(crate) fn read_all(&self) -> Result<Normalised> {
         let width = self.manifest.transform.width();
+        // Row counts are checked against the files before room is made for them.
+        (0..self.open.len())
+            .into_par_iter()
+            .try_for_each(|shard| self.shard(shard).map(drop))?;
         let rows = self.manifest.rows as usize;
         let mut out = Normalised {
             timestamps: vec![0; rows],
@@ -62,144 +133,276 @@ impl ShardReader {
             valid: vec![false; rows],
             width,
         };
-        let mut parts = Parts {
-            timestamps: &mut out.timestamps,
-            values: &mut out.values,
-            valid: &mut out.valid,
-        };
-        for shard in &self.manifest.shards {
-            let (part, rest) = parts.split_at(shard.rows as usize, width);
-            self.read_shard(shard, part, width)?;
-            parts = rest;
-        }
+        let page_rows = self.page_rows();
+        out.timestamps
+            .par_chunks_mut(page_rows)
+            .zip(out.values.par_chunks_mut(page_rows * width))
+            .zip(out.valid.par_chunks_mut(page_rows))
+            .enumerate()
+            .try_for_each(|(page, ((times, values), valid))| {
+                self.fill_page(page, times, values, valid)
+            })?;
         Ok(out)
     }
 
-    /// Reads and checks one shard.
-    fn read_shard(&self, shard: &Shard, out: Parts<'_>, width: usize) -> Result<()> {
-        let path = self.root.join(&shard.file);
-        let bytes = fs::read(&path).map_err(|e| Error::io(&path, "read it", e))?;
-        check_size(&path, shard, bytes.len() as u64)?;
-        let found = format!("{:016x}", xxh3_64(&bytes));
-        if found != shard.xxh3 {
-            let reason = format!("its checksum is {found}; expected {}", shard.xxh3);
-            return Err(damaged(&path, reason));
+    fn fill_page(
+        &self,
+        page: usize,
+        times: &mut [i64],
+        values: &mut [f32],
+        valid: &mut [bool],
+    ) -> Result<()> {
+        let (shard, group) = self.locate(page);
+        let width = self.manifest.transform.width();
+        let mut at = 0;
+        self.read_group(shard, group, true, |batch| {
+            let end = at + batch.num_rows();
+            let time = batch
+                .column(0)
+                .as_any()
+                .downcast_ref::<TimestampMillisecondArray>()?;
+            for (to, from) in times.get_mut(at..end)?.iter_mut().zip(time.values()) {
+                *to = from.div_euclid(1000);
+            }
+            copy_rows(
+                batch,
+                width,
+                values.get_mut(at * width..end * width)?,
+                valid.get_mut(at..end)?,
+            )?;
+            at = end;
+            Some(())
+        })?;
+        match at == times.len() {
+            true => Ok(()),
+            false => Err(self.wrong(
+                shard,
+                format!("row group {group} has {at} rows; expected {}", times.len()),
+            )),
         }
-        self.decode(&path, Bytes::from(bytes), shard.rows as usize, out, width)
     }
 
-    /// Decodes all row groups of a shard on all threads.
-    fn decode(
+    /// Gives the record batches of a row group to a function; `None` from it means they do not fit.
+    fn read_group(
         &self,
-        path: &Path,
-        bytes: Bytes,
-        rows: usize,
-        out: Parts<'_>,
-        width: usize,
+        index: usize,
+        group: usize,
+        times: bool,
+        mut take: impl FnMut(&RecordBatch) -> Option<()>,
     ) -> Result<()> {
-        let wrong = |e: &dyn std::fmt::Display| damaged(path, e.to_string());
-        let metadata =
-            ArrowReaderMetadata::load(&bytes, Default::default()).map_err(|e| wrong(&e))?;
+        let shard = self.shard(index)?;
+        let path = self.files.place(&self.manifest.shards[index].file);
+        let file = shard
+            .file
+            .try_clone()
+            .map_err(|e| Error::io(&path, "open it", e))?;
+        let metadata = shard.metadata.clone();
+        let wrong = |e: Error| self.wrong(index, e.to_string());
+        let reader = quietly("row groups", || {
+            let mask = match times {
+                true => ProjectionMask::all(),
+                false => ProjectionMask::roots(
+                    metadata.parquet_schema(),
+                    1..metadata.schema().fields().len(),
+                ),
+            };
+            ParquetRecordBatchReaderBuilder::new_with_metadata(SharedFile::new(file), metadata)
+                .with_row_groups(vec![group])
+                .with_projection(mask)
+                .with_batch_size(self.page_rows())
+                .build()
+        });
+        let mut reader = reader.map_err(wrong)?;
+        while let Some(batch) =
+            quietly("row groups", || reader.next().transpose()).map_err(wrong)?
+        {
+            take(&batch)
+                .ok_or_else(|| self.wrong(index, "its rows are not as the manifest says".into()))?;
+        }
+        Ok(())
+    }
+
+    /// Opens a shard and checks its checksum, columns and row groups; once.
+    fn shard(&self, index: usize) -> Result<Arc<OpenShard>> {
+        let mut slot = self.open[index]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(shard) = slot.as_ref() {
+            return Ok(shard.clone());
+        }
+        let entry = &self.manifest.shards[index];
+        let path = self.files.place(&entry.file);
+        let mut file = self.files.open(entry)?;
+        verify(&path, entry, &mut file)?;
+        let shared = SharedFile::new(
+            file.try_clone()
+                .map_err(|e| Error::io(&path, "open it", e))?,
+        );
+        let metadata = quietly("footer", || {
+            ArrowReaderMetadata::load(&shared, Default::default())
+        })
+        .map_err(|e| self.wrong(index, e.to_string()))?;
+        self.check_layout(index, &metadata)?;
+        let shard = Arc::new(OpenShard { file, metadata });
+        *slot = Some(shard.clone());
+        Ok(shard)
+    }
+
+    /// Columns and row groups must be those of the manifest.
+    fn check_layout(&self, index: usize, metadata: &ArrowReaderMetadata) -> Result<()> {
         let expected = arrow_schema(&self.manifest.transform.names());
-        let same = metadata.schema().fields().len() == expected.fields().len()
-            && metadata
-                .schema()
-                .fields()
+        let found = metadata.schema().fields();
+        let same = found.len() == expected.fields().len()
+            && found
                 .iter()
                 .zip(expected.fields())
                 .all(|(a, b)| a.name() == b.name() && a.data_type() == b.data_type());
         if !same {
-            return Err(wrong(&"its columns are not those of the manifest"));
+            return Err(self.wrong(index, "its columns are not those of the manifest".into()));
         }
-        let sizes: Vec<usize> = metadata
-            .metadata()
-            .row_groups()
-            .iter()
-            .map(|g| g.num_rows().max(0) as usize)
-            .collect();
-        let total = sizes.iter().try_fold(0usize, |sum, n| sum.checked_add(*n));
-        if total != Some(rows) {
-            return Err(wrong(&format!("it holds {total:?} rows; expected {rows}")));
-        }
-        let mut jobs = Vec::new();
-        let mut rest = out;
-        for (group, &size) in sizes.iter().enumerate() {
-            let (part, later) = rest.split_at(size, width);
-            jobs.push((group, size, part));
-            rest = later;
-        }
-        jobs.into_par_iter().try_for_each(|(group, size, part)| {
-            let reader =
-                ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), metadata.clone())
-                    .with_row_groups(vec![group])
-                    .with_batch_size(size.max(1))
-                    .build()
-                    .map_err(|e| wrong(&e))?;
-            let mut part = part;
-            for batch in reader {
-                let batch = batch.map_err(|e| wrong(&e))?;
-                let (now, later) = part.split_at(batch.num_rows(), width);
-                copy_rows(&batch, now)
-                    .ok_or_else(|| wrong(&"a column has another type than expected"))?;
-                part = later;
+        let mut left = self.manifest.shards[index].rows;
+        for group in metadata.metadata().row_groups() {
+            let expected = left.min(self.manifest.group_rows);
+            if group.num_rows() != expected as i64 || expected == 0 {
+                let reason = format!(
+                    "a row group has {} rows; expected {expected}",
+                    group.num_rows()
+                );
+                return Err(self.wrong(index, reason));
             }
-            match part.timestamps.len() {
-                0 => Ok(()),
-                missing => Err(wrong(&format!("row group {group} is {missing} rows short"))),
-            }
-        })
+            left -= expected;
+        }
+        match left {
+            0 => Ok(()),
+            missing => Err(self.wrong(index, format!("{missing} rows are missing"))),
+        }
+    }
+
+    fn wrong(&self, shard: usize, reason: String) -> Error {
+        damaged(&self.files.place(&self.manifest.shards[shard].file), reason)
     }
 }
 
-/// Room for some rows.
-struct Parts<'a> {
-    timestamps: &'a mut [i64],
-    values: &'a mut [f32],
-    valid: &'a mut [bool],
+/// A file that several threads read at places of their own.
+struct SharedFile {
+    file: Arc<File>,
+    length: u64,
 }
 
-impl<'a> Parts<'a> {
-    /// The first `rows` rows, and the others.
-    fn split_at(self, rows: usize, width: usize) -> (Parts<'a>, Parts<'a>) {
-        let rows = rows.min(self.timestamps.len());
-        let (t0, t1) = self.timestamps.split_at_mut(rows);
-        let (v0, v1) = self.values.split_at_mut(rows * width);
-        let (m0, m1) = self.valid.split_at_mut(rows);
-        let part = |timestamps, values, valid| Parts {
-            timestamps,
-            values,
-            valid,
-        };
-        (part(t0, v0, m0), part(t1, v1, m1))
+impl SharedFile {
+    fn new(file: File) -> Self {
+        let length = file.metadata().map_or(0, |m| m.len());
+        Self {
+            file: Arc::new(file),
+            length,
+        }
     }
 }
 
-/// Copies a record batch, columns to rows; `None` when a column has another type or size.
-fn copy_rows(batch: &RecordBatch, out: Parts<'_>) -> Option<()> {
-    let width = batch.num_columns().checked_sub(2)?;
-    let time: &TimestampMillisecondArray = batch.column(0).as_any().downcast_ref()?;
-    let valid: &BooleanArray = batch.column(width + 1).as_any().downcast_ref()?;
-    if out.timestamps.len() != batch.num_rows()
-        || batch.columns().iter().any(|c| c.null_count() > 0)
-    {
+impl parquet::file::reader::Length for SharedFile {
+    fn len(&self) -> u64 {
+        self.length
+    }
+}
+
+impl parquet::file::reader::ChunkReader for SharedFile {
+    type T = std::io::Cursor<bytes::Bytes>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        let length = self.length.saturating_sub(start) as usize;
+        self.get_bytes(start, length).map(std::io::Cursor::new)
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
+        if start
+            .checked_add(length as u64)
+            .is_none_or(|end| end > self.length)
+        {
+            return Err(parquet::errors::ParquetError::EOF(
+                "a range lies past the end".into(),
+            ));
+        }
+        let mut buffer = vec![0u8; length];
+        read_at(&self.file, &mut buffer, start)?;
+        Ok(buffer.into())
+    }
+}
+
+/// Reads at a place without moving the cursor that all handles of the file share.
+#[cfg(unix)]
+fn read_at(file: &File, buffer: &mut [u8], start: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, start)
+}
+
+/// Reads at a place without moving the cursor that all handles of the file share.
+#[cfg(windows)]
+fn read_at(file: &File, mut buffer: &mut [u8], mut start: u64) -> std::io::Result<()> {
+    while !buffer.is_empty() {
+        let read = std::os::windows::fs::FileExt::seek_read(file, buffer, start)?;
+        if read == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        buffer = &mut buffer[read..];
+        start += read as u64;
+    }
+    Ok(())
+}
+
+/// Compares size and checksum with the manifest's.
+fn verify(path: &Path, shard: &Shard, file: &mut File) -> Result<()> {
+    let failed = |e| Error::io(path, "read it", e);
+    let mut hash = Xxh3::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    let mut bytes = 0u64;
+    file.seek(SeekFrom::Start(0)).map_err(failed)?;
+    loop {
+        match file.read(&mut buffer).map_err(failed)? {
+            0 => break,
+            read => {
+                hash.update(&buffer[..read]);
+                bytes += read as u64;
+            }
+        }
+    }
+    check_size(path, shard, bytes)?;
+    let found = format!("{:016x}", hash.digest());
+    match found == shard.xxh3 {
+        true => Ok(()),
+        false => Err(damaged(
+            path,
+            format!("its checksum is {found}; expected {}", shard.xxh3),
+        )),
+    }
+}
+
+/// Copies features (columns to rows) and validity, the last columns of a record batch; `None`
+/// when a column has another type or size.
+fn copy_rows(
+    batch: &RecordBatch,
+    width: usize,
+    values: &mut [f32],
+    valid: &mut [bool],
+) -> Option<()> {
+    let columns = batch.columns();
+    let (features, flags) = columns.split_at(columns.len().checked_sub(1)?);
+    let features = &features[features.len().checked_sub(width)?..];
+    let flags: &BooleanArray = flags[0].as_any().downcast_ref()?;
+    if valid.len() != batch.num_rows() || columns.iter().any(|c| c.null_count() > 0) {
         return None;
     }
-    for (to, from) in out.timestamps.iter_mut().zip(time.values()) {
-        *to = from.div_euclid(1000);
-    }
-    for (to, from) in out.valid.iter_mut().zip(valid.values().iter()) {
+    for (to, from) in valid.iter_mut().zip(flags.values().iter()) {
         *to = from;
     }
-    for feature in 0..width {
-        let column: &Float32Array = batch.column(feature + 1).as_any().downcast_ref()?;
-        for (row, &value) in out.values.chunks_exact_mut(width).zip(column.values()) {
+    for (feature, column) in features.iter().enumerate() {
+        let column: &Float32Array = column.as_any().downcast_ref()?;
+        for (row, &value) in values.chunks_exact_mut(width).zip(column.values()) {
             row[feature] = value;
         }
     }
     Some(())
 }
 
-fn check_size(path: &Path, shard: &Shard, found: u64) -> Result<()> {
+pub(super) fn check_size(path: &Path, shard: &Shard, found: u64) -> Result<()> {
     if found == shard.bytes {
         return Ok(());
     }
@@ -214,7 +417,7 @@ fn check_size(path: &Path, shard: &Shard, found: u64) -> Result<()> {
     ))
 }
 
-fn damaged(path: &Path, reason: String) -> Error {
+pub(super) fn damaged(path: &Path, reason: String) -> Error {
     Error::Shard {
         path: path.into(),
         reason,

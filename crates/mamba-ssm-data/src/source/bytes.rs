@@ -1,7 +1,7 @@
 //! From a file to chunks of whole lines, decompressed on a thread of its own.
 
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,6 +18,43 @@ const WAITING: usize = 4;
 /// The longest line that is taken for a row.
 pub(super) const LONGEST_LINE: usize = 1 << 16;
 
+/// What a file's first bytes say it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    Text,
+    Gzip,
+    Zip,
+    Parquet,
+}
+
+/// Tells the formats apart by their first bytes.
+pub(super) fn detect(path: &Path) -> Result<Format> {
+    let file = open(path)?;
+    let mut magic = [0u8; 4];
+    let read = read_full(&mut &file, &mut magic).map_err(|e| Error::io(path, "read it", e))?;
+    Ok(match &magic[..read] {
+        [0x1f, 0x8b, ..] => Format::Gzip,
+        [b'P', b'K', 3 | 5, 4 | 6] => Format::Zip,
+        b"PAR1" => Format::Parquet,
+        _ => Format::Text,
+    })
+}
+
+/// Opens a file; a folder is refused in words.
+pub(super) fn open(path: &Path) -> Result<File> {
+    let file = File::open(path).map_err(|e| Error::io(path, "open it", e))?;
+    let meta = file
+        .metadata()
+        .map_err(|e| Error::io(path, "read its size", e))?;
+    if meta.is_dir() {
+        return Err(Error::Source {
+            path: path.display().to_string(),
+            reason: "this is a folder; expected a file".into(),
+        });
+    }
+    Ok(file)
+}
+
 /// Whole lines of a file. Memory: at most [`WAITING`] + 2 chunks, however large the file.
 pub(super) struct Chunks {
     receiver: Receiver<Result<Vec<u8>>>,
@@ -25,40 +62,24 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    /// Opens a file and starts to read it; gzip is seen from its first two bytes.
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io(path, "open it", e))?;
-        let meta = file
-            .metadata()
-            .map_err(|e| Error::io(path, "read its size", e))?;
-        if meta.is_dir() {
-            return Err(Error::Source {
-                path: path.display().to_string(),
-                reason: "this is a folder; expected a file".into(),
-            });
-        }
+    /// Opens a file and starts to read it.
+    pub(super) fn open(path: &Path, format: Format) -> Result<Self> {
         let consumed = Arc::new(AtomicU64::new(0));
-        let mut raw = BufReader::with_capacity(
-            1 << 18,
-            Counting {
-                inner: file,
-                count: consumed.clone(),
-            },
-        );
-        let mut magic = [0u8; 2];
-        let head = read_full(&mut raw, &mut magic).map_err(|e| Error::io(path, "read it", e))?;
-        let again = std::io::Cursor::new(magic[..head].to_vec()).chain(raw);
+        let raw = Counting {
+            inner: open(path)?,
+            count: consumed.clone(),
+        };
         let name = path.display().to_string();
         let (sender, receiver) = sync_channel(WAITING);
-        let gzip = magic[..head] == [0x1f, 0x8b];
         std::thread::Builder::new()
             .name("read-lines".into())
-            .spawn(move || {
-                if gzip {
-                    send_chunks(MultiGzDecoder::new(again), &name, "gzip", &sender);
-                } else {
-                    send_chunks(again, &name, "text", &sender);
+            .spawn(move || match format {
+                Format::Gzip => {
+                    let inner = MultiGzDecoder::new(BufReader::with_capacity(1 << 18, raw));
+                    send_chunks(inner, &name, "gzip", &sender);
                 }
+                Format::Zip => send_zip(BufReader::with_capacity(1 << 18, raw), &name, &sender),
+                Format::Text | Format::Parquet => send_chunks(raw, &name, "text", &sender),
             })
             .map_err(|e| Error::io(path, "start a reading thread", e))?;
         Ok(Self { receiver, consumed })
@@ -75,6 +96,48 @@ impl Chunks {
     }
 }
 
+/// Sends the lines of the one table in a zip archive.
+fn send_zip(reader: impl Read + Seek, name: &str, out: &SyncSender<Result<Vec<u8>>>) {
+    let damaged = |reason: String| Error::Damaged {
+        path: name.into(),
+        format: "zip",
+        reason,
+    };
+    let mut archive = match zip::ZipArchive::new(reader) {
+        Ok(archive) => archive,
+        Err(e) => {
+            let _ = out.send(Err(damaged(e.to_string())));
+            return;
+        }
+    };
+    let is_table = |n: &String| {
+        let lower = n.to_ascii_lowercase();
+        lower.ends_with(".csv") || lower.ends_with(".txt")
+    };
+    let names = archive
+        .file_names()
+        .map(|n| n.map(String::from))
+        .collect::<std::result::Result<Vec<_>, _>>();
+    let tables: Vec<String> = match names {
+        Ok(names) => names.into_iter().filter(is_table).collect(),
+        Err(e) => {
+            let _ = out.send(Err(damaged(e.to_string())));
+            return;
+        }
+    };
+    let [table] = &tables[..] else {
+        let reason = format!("it holds {} .csv files; expected one", tables.len());
+        let _ = out.send(Err(damaged(reason)));
+        return;
+    };
+    match archive.by_name(table) {
+        Ok(file) => send_chunks(file, name, "zip", out),
+        Err(e) => {
+            let _ = out.send(Err(damaged(e.to_string())));
+        }
+    }
+}
+
 struct Counting<R> {
     inner: R,
     count: Arc<AtomicU64>,
@@ -85,6 +148,12 @@ impl<R: Read> Read for Counting<R> {
         let read = self.inner.read(buffer)?;
         self.count.fetch_add(read as u64, Ordering::Relaxed);
         Ok(read)
+    }
+}
+
+impl<R: Seek> Seek for Counting<R> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        self.inner.seek(to)
     }
 }
 

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::bytes::{Chunks, LONGEST_LINE};
+use super::bytes::{Chunks, Format, LONGEST_LINE};
 use super::number::{ends_cell, fast_decimal, parse, parse_seconds, to_seconds};
-use super::{Block, OrderPolicy, ReadOptions};
+use super::{Block, BlockSource, OrderPolicy, ReadOptions};
 use crate::error::shorten;
 use crate::schema::ColumnSpec;
 use crate::{Error, Result};
@@ -86,9 +86,9 @@ pub(super) struct CsvReader<'a> {
 
 impl<'a> CsvReader<'a> {
     /// Opens the file and reads its header.
-    pub(super) fn open(path: &Path, options: &'a ReadOptions) -> Result<Self> {
+    pub(super) fn open(path: &Path, format: Format, options: &'a ReadOptions) -> Result<Self> {
         let name = path.display().to_string();
-        let mut chunks = Chunks::open(path)?;
+        let mut chunks = Chunks::open(path, format)?;
         let Some(mut first) = chunks.next()? else {
             return Err(Error::EmptyFile { path: name });
         };
@@ -133,21 +133,6 @@ impl<'a> CsvReader<'a> {
             line: u64::from(has_header),
             last_time: None,
         })
-    }
-
-    /// Bytes of the file read so far.
-    pub(super) fn bytes_read(&self) -> u64 {
-        self.chunks.bytes_read()
-    }
-
-    /// The next rows that are asked for; `None` at the end.
-    pub(super) fn next_block(&mut self) -> Result<Option<Block>> {
-        while self.ready.is_empty() {
-            if !self.parse_more()? {
-                return Ok(None);
-            }
-        }
-        Ok(self.ready.pop_front())
     }
 
     /// Parses as many chunks as there are threads; false at the end.
@@ -232,6 +217,21 @@ impl<'a> CsvReader<'a> {
     }
 }
 
+impl BlockSource for CsvReader<'_> {
+    fn next_block(&mut self) -> Result<Option<Block>> {
+        while self.ready.is_empty() {
+            if !self.parse_more()? {
+                return Ok(None);
+            }
+        }
+        Ok(self.ready.pop_front())
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.chunks.bytes_read()
+    }
+}
+
 /// The cells of the first line.
 fn header_cells(line: &[u8], path: &str) -> Result<Vec<String>> {
     let mut reader = csv::ReaderBuilder::new()
@@ -262,7 +262,7 @@ impl Layout {
     fn of(names: &[String], options: &ReadOptions, path: &str) -> Result<Self> {
         let mut cells = vec![Cell::Skip; names.len()];
         let mut missing = Vec::new();
-        let mut place = |spec: &ColumnSpec, cell: Cell| match find(names, spec) {
+        let mut place = |spec: &ColumnSpec, cell: Cell| match super::find_column(names, spec) {
             Some(at) => cells[at] = cell,
             None => missing.push(spec.name.clone()),
         };
@@ -283,14 +283,6 @@ impl Layout {
             .map_or(0, |i| i + 1);
         Ok(Self { cells, needed })
     }
-}
-
-/// The column named by the spec; its own name goes before its aliases.
-fn find(names: &[String], spec: &ColumnSpec) -> Option<usize> {
-    names
-        .iter()
-        .position(|n| n.eq_ignore_ascii_case(&spec.name))
-        .or_else(|| names.iter().position(|n| spec.is_named(n)))
 }
 
 /// Parses whole lines. A fault comes with its line, counted from 1 within the chunk.

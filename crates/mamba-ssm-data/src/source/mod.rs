@@ -1,14 +1,20 @@
 //! From files to rows.
 
+mod block;
 mod bytes;
 mod csv;
+mod merge;
 mod number;
+mod parquet;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::schema::Schema;
+pub(crate) use self::block::{Block, BlockSource};
+pub(crate) use self::parquet::quietly;
+use crate::features::{Feature, FeatureSteps};
+use crate::schema::{ColumnSpec, Schema};
 use crate::series::RawSeries;
 use crate::time::format_time;
 use crate::{Error, Result};
@@ -39,6 +45,8 @@ pub enum OrderPolicy {
 pub struct ReadOptions {
     /// The columns to read.
     pub schema: Schema,
+    /// Columns to compute from them, each from its own row and earlier ones alone.
+    pub features: Vec<Feature>,
     /// First timestamp to keep, unix seconds.
     pub from: Option<i64>,
     /// First timestamp not to keep, unix seconds.
@@ -52,6 +60,27 @@ impl ReadOptions {
     pub fn with_schema(mut self, schema: Schema) -> Self {
         self.schema = schema;
         self
+    }
+
+    /// Adds computed columns.
+    pub fn with_features(mut self, features: Vec<Feature>) -> Self {
+        self.features = features;
+        self
+    }
+
+    /// The columns of the series: those that are read, then those that are computed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] when a feature needs a column that is not there, or two columns have one name.
+    pub fn output_schema(&self) -> Result<Schema> {
+        let mut schema = self.schema.clone();
+        for feature in &self.features {
+            feature.validate(&self.schema)?;
+            schema.columns.extend(feature.columns());
+        }
+        schema.validate()?;
+        Ok(schema)
     }
 
     /// Keeps rows from this time on (unix seconds).
@@ -72,13 +101,14 @@ impl ReadOptions {
         self
     }
 
-    /// Checks the schema and the range of time.
+    /// Checks the schema, the features and the range of time.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidOption`].
     pub fn validate(&self) -> Result<()> {
         self.schema.validate()?;
+        self.output_schema()?;
         match (self.from, self.to) {
             (Some(from), Some(to)) if from >= to => Err(Error::InvalidOption {
                 option: "from",
@@ -110,34 +140,16 @@ impl ReadOptions {
     }
 }
 
-/// Some rows of a source, in the order of the file.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct Block {
-    pub(crate) timestamps: Vec<i64>,
-    pub(crate) columns: Vec<Vec<f64>>,
-    pub(crate) valid: Vec<bool>,
-}
-
-impl Block {
-    pub(crate) fn with_width(width: usize, rows: usize) -> Self {
-        Self {
-            timestamps: Vec::with_capacity(rows),
-            columns: (0..width).map(|_| Vec::with_capacity(rows)).collect(),
-            valid: Vec::with_capacity(rows),
-        }
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.timestamps.len()
-    }
-}
-
-/// Reads a CSV file, plain or gzip, into memory.
+/// Reads a source into memory: one file, or all files that a pattern (`data/*.zip`) matches, as one series.
 ///
-/// The header names the columns, in any order and any case; columns that the schema does not ask
+/// CSV, plain, gzip or zip (one table in it), and Parquet are told apart by their first bytes. The
+/// header names the columns, in any order and any case; columns that the schema does not ask
 /// for are passed over. Timestamps are unix times in seconds to nanoseconds, whole or with a
 /// fraction, or dates. Empty cells, `NaN` and the like make their row invalid. A file without a
 /// header is taken for Binance klines when it has their twelve columns.
+///
+/// Several files are put in order of time. Where they overlap, of rows with the same timestamp a
+/// valid one goes before an invalid one, and after that the file whose name comes last wins.
 ///
 /// # Errors
 ///
@@ -156,32 +168,145 @@ impl Block {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn read_series(path: impl AsRef<Path>, options: &ReadOptions) -> Result<RawSeries> {
-    read_with(path.as_ref(), options, &mut |_| Ok(()))
+    read_many(&[path], options)
 }
 
-/// [`read_series`] that tells how many bytes of the file have been read.
-pub(crate) fn read_with(
-    path: &Path,
-    options: &ReadOptions,
-    on_bytes: &mut dyn FnMut(u64) -> Result<()>,
-) -> Result<RawSeries> {
-    options.validate()?;
-    let mut reader = csv::CsvReader::open(path, options)?;
-    let mut series = RawSeries::empty(options.schema.clone(), path.display().to_string());
-    while let Some(block) = reader.next_block()? {
-        on_bytes(reader.bytes_read())?;
+/// [`read_series`] for several files or patterns at once.
+///
+/// # Errors
+///
+/// Those of [`read_series`].
+pub fn read_many(paths: &[impl AsRef<Path>], options: &ReadOptions) -> Result<RawSeries> {
+    let mut stream = Stream::open(paths, options)?;
+    let mut series = RawSeries::empty(stream.schema.clone(), stream.origin.clone());
+    while let Some(block) = stream.next_block()? {
         append(&mut series, block);
     }
-    if options.order == OrderPolicy::Sort {
-        sort_keeping_last(&mut series);
-    }
-    if series.is_empty() {
-        return Err(Error::NoRows {
-            path: series.origin,
-            range: options.range_in_words(),
-        });
-    }
     Ok(series)
+}
+
+/// All rows of some sources, features added, block by block.
+pub(crate) struct Stream<'a> {
+    source: Box<dyn BlockSource + 'a>,
+    steps: FeatureSteps,
+    options: &'a ReadOptions,
+    pub(crate) schema: Schema,
+    /// The sources in words.
+    pub(crate) origin: String,
+    /// The files.
+    pub(crate) files: Vec<PathBuf>,
+    /// Bytes of all files.
+    pub(crate) bytes: u64,
+    any: bool,
+}
+
+impl<'a> Stream<'a> {
+    pub(crate) fn open(paths: &[impl AsRef<Path>], options: &'a ReadOptions) -> Result<Self> {
+        options.validate()?;
+        let mut files = Vec::new();
+        for path in paths {
+            files.extend(expand(path.as_ref())?);
+        }
+        let origin = match &files[..] {
+            [one] => one.display().to_string(),
+            [first, .., last] => format!("{} to {}", first.display(), last.display()),
+            [] => {
+                return Err(Error::InvalidOption {
+                    option: "input",
+                    reason: "no file is named; expected at least one".into(),
+                });
+            }
+        };
+        let bytes = files
+            .iter()
+            .filter_map(|f| f.metadata().ok())
+            .map(|m| m.len())
+            .sum();
+        let source = match &files[..] {
+            [one] => open_file(one, options)?,
+            _ => Box::new(merge::Merge::open(files.clone(), options)?),
+        };
+        Ok(Self {
+            source,
+            steps: FeatureSteps::new(&options.features, &options.schema),
+            options,
+            schema: options.output_schema()?,
+            origin,
+            files,
+            bytes,
+            any: false,
+        })
+    }
+
+    /// Bytes of all files read so far.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.source.bytes_read()
+    }
+
+    /// The next rows; `None` at the end, an error when there were none at all.
+    pub(crate) fn next_block(&mut self) -> Result<Option<Block>> {
+        let Some(mut block) = self.source.next_block()? else {
+            if self.any {
+                return Ok(None);
+            }
+            return Err(Error::NoRows {
+                path: self.origin.clone(),
+                range: self.options.range_in_words(),
+            });
+        };
+        self.any = true;
+        self.steps.apply(&mut block);
+        Ok(Some(block))
+    }
+}
+
+/// Opens one file, in whatever format it is.
+fn open_file<'a>(path: &Path, options: &'a ReadOptions) -> Result<Box<dyn BlockSource + 'a>> {
+    let source: Box<dyn BlockSource + 'a> = match bytes::detect(path)? {
+        bytes::Format::Parquet => Box::new(parquet::ParquetReader::open(path, options)?),
+        format => Box::new(csv::CsvReader::open(path, format, options)?),
+    };
+    Ok(match options.order {
+        OrderPolicy::Refuse => source,
+        OrderPolicy::Sort => Box::new(block::Sorted {
+            source,
+            width: options.schema.columns.len(),
+            done: false,
+        }),
+    })
+}
+
+/// The files that a path or pattern stands for, in order of name.
+fn expand(path: &Path) -> Result<Vec<PathBuf>> {
+    let text = path.to_string_lossy();
+    if path.exists() || !text.contains(['*', '?', '[']) {
+        return Ok(vec![path.into()]);
+    }
+    let wrong = |reason: String| Error::Source {
+        path: text.to_string(),
+        reason,
+    };
+    let found = glob::glob(&text).map_err(|e| wrong(format!("this pattern cannot work: {e}")))?;
+    let mut files = Vec::new();
+    for entry in found {
+        let file = entry.map_err(|e| wrong(e.to_string()))?;
+        if file.is_file() {
+            files.push(file);
+        }
+    }
+    if files.is_empty() {
+        return Err(wrong("no file matches this pattern".into()));
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// The column named by the spec; its own name goes before its aliases.
+fn find_column(names: &[String], spec: &ColumnSpec) -> Option<usize> {
+    names
+        .iter()
+        .position(|n| n.eq_ignore_ascii_case(&spec.name))
+        .or_else(|| names.iter().position(|n| spec.is_named(n)))
 }
 
 fn append(series: &mut RawSeries, block: Block) {
@@ -192,43 +317,9 @@ fn append(series: &mut RawSeries, block: Block) {
     }
 }
 
-/// Sorts by time; of rows with the same timestamp the last one stays.
-fn sort_keeping_last(series: &mut RawSeries) {
-    if series.timestamps.windows(2).all(|w| w[0] < w[1]) {
-        return;
-    }
-    let times = &series.timestamps;
-    let mut order: Vec<usize> = (0..times.len()).collect();
-    order.sort_by_key(|&i| times[i]);
-    let mut kept: Vec<usize> = Vec::with_capacity(order.len());
-    for row in order {
-        match kept.last_mut() {
-            Some(last) if times[*last] == times[row] => *last = row,
-            _ => kept.push(row),
-        }
-    }
-    for column in &mut series.columns {
-        *column = kept.iter().map(|&i| column[i]).collect();
-    }
-    series.valid = kept.iter().map(|&i| series.valid[i]).collect();
-    series.timestamps = kept.iter().map(|&i| series.timestamps[i]).collect();
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sorting_keeps_the_last_of_each_timestamp() {
-        let mut series = RawSeries::empty(Schema::ohlcv(), "x");
-        series.timestamps = vec![120, 60, 120, 180];
-        series.valid = vec![true, true, false, true];
-        series.columns = vec![vec![1.0, 2.0, 3.0, 4.0]; 5];
-        sort_keeping_last(&mut series);
-        assert_eq!(series.timestamps, [60, 120, 180]);
-        assert_eq!(series.columns[4], [2.0, 3.0, 4.0]);
-        assert_eq!(series.valid, [true, false, true]);
-    }
 
     #[test]
     fn a_range_that_ends_before_it_starts_is_refused() {

@@ -1,0 +1,65 @@
+//! Where the files of a set are.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::manifest::{MANIFEST, Shard};
+use super::read::{check_size, damaged};
+use crate::{Error, Result};
+
+/// Gives the manifest and the shards of a set, wherever they are kept.
+pub(crate) trait Files: Send + Sync + std::fmt::Debug {
+    /// The bytes of the manifest.
+    fn manifest(&self) -> Result<Vec<u8>>;
+
+    /// Checks what can be checked without reading: that the shard is there with its full size.
+    fn check(&self, shard: &Shard) -> Result<()>;
+
+    /// Opens a shard on this machine.
+    fn open(&self, shard: &Shard) -> Result<File>;
+
+    /// The place of a file of the set, for messages.
+    fn place(&self, file: &str) -> PathBuf;
+
+    /// Says that a shard will be wanted soon.
+    fn prefetch(&self, _shard: &Shard) {}
+}
+
+/// A folder on this machine.
+#[derive(Debug)]
+pub(crate) struct Folder(pub(crate) PathBuf);
+
+impl Files for Folder {
+    fn manifest(&self) -> Result<Vec<u8>> {
+        let path = self.0.join(MANIFEST);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(bytes),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Err(match self.0.exists() {
+                true => Error::NotAShardSet {
+                    path: self.0.clone(),
+                },
+                false => Error::NotFound {
+                    path: self.0.clone(),
+                },
+            }),
+            Err(e) => Err(Error::io(&path, "read it", e)),
+        }
+    }
+
+    fn check(&self, shard: &Shard) -> Result<()> {
+        let path = self.place(&shard.file);
+        match fs::metadata(&path) {
+            Ok(meta) => check_size(&path, shard, meta.len()),
+            Err(_) => Err(damaged(&path, "it is missing".into())),
+        }
+    }
+
+    fn open(&self, shard: &Shard) -> Result<File> {
+        let path = self.place(&shard.file);
+        File::open(&path).map_err(|e| Error::io(&path, "open it", e))
+    }
+
+    fn place(&self, file: &str) -> PathBuf {
+        self.0.join(Path::new(file))
+    }
+}

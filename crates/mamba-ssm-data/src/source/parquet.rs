@@ -1,0 +1,228 @@
+//! Rows from Parquet files with named columns.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use arrow::array::{Array, ArrayRef, AsArray};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Float64Type, Int64Type, TimeUnit};
+use arrow::record_batch::RecordBatch;
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+
+use super::block::check_order;
+use super::number::to_seconds;
+use super::{Block, BlockSource, OrderPolicy, ReadOptions};
+use crate::schema::ColumnSpec;
+use crate::{Error, Result};
+
+/// Rows read at once.
+const BATCH: usize = 1 << 16;
+
+/// Reads a Parquet file block by block.
+pub(super) struct ParquetReader<'a> {
+    name: String,
+    options: &'a ReadOptions,
+    reader: ParquetRecordBatchReader,
+    /// Where the time and each column lie in a batch.
+    time: usize,
+    places: Vec<usize>,
+    row: u64,
+    last_time: Option<i64>,
+    bytes: u64,
+    rows: u64,
+    read: Arc<AtomicU64>,
+}
+
+impl<'a> ParquetReader<'a> {
+    /// Opens the file and finds its columns.
+    pub(super) fn open(path: &Path, options: &'a ReadOptions) -> Result<Self> {
+        let name = path.display().to_string();
+        let file: File = super::bytes::open(path)?;
+        let bytes = file.metadata().map_or(0, |m| m.len());
+        let builder = quietly(&name, || ParquetRecordBatchReaderBuilder::try_new(file))?;
+        let found: Vec<String> = builder
+            .schema()
+            .fields()
+            .iter()
+            .map(|f| f.name().clone())
+            .collect();
+        let roots = roots_of(&name, &found, options)?;
+        let mut wanted = roots.clone();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let place = |root: &usize| wanted.binary_search(root).unwrap_or_default();
+        let places = roots[1..].iter().map(place).collect();
+        let time = place(&roots[0]);
+        let rows = builder.metadata().file_metadata().num_rows().max(1) as u64;
+        let mask = ProjectionMask::roots(builder.parquet_schema(), wanted.iter().copied());
+        let reader = quietly(&name, || {
+            builder.with_projection(mask).with_batch_size(BATCH).build()
+        })?;
+        Ok(Self {
+            name,
+            options,
+            reader,
+            time,
+            places,
+            row: 0,
+            last_time: None,
+            bytes,
+            rows,
+            read: Arc::default(),
+        })
+    }
+
+    fn block(&mut self, batch: &RecordBatch) -> Result<Block> {
+        let columns = &self.options.schema.columns;
+        let mut block = Block::with_width(columns.len(), batch.num_rows());
+        let times = self.seconds(batch.column(self.time))?;
+        let mut levels = Vec::with_capacity(columns.len());
+        for (spec, place) in columns.iter().zip(&self.places) {
+            levels.push(self.floats(spec, batch.column(*place))?);
+        }
+        if self.options.order == OrderPolicy::Refuse {
+            check_order(&self.name, self.row + 1, self.last_time, &times)?;
+        }
+        for (i, &time) in times.iter().enumerate() {
+            if !self.options.keeps(time) {
+                continue;
+            }
+            let mut valid = true;
+            for ((spec, from), to) in columns.iter().zip(&levels).zip(&mut block.columns) {
+                let value = from[i];
+                if !value.is_finite() {
+                    valid = false;
+                } else if !spec.scale.accepts(value) {
+                    return Err(Error::OutOfDomain {
+                        path: self.name.clone(),
+                        row: self.row + i as u64 + 1,
+                        column: spec.name.clone(),
+                        value,
+                        expected: spec.scale.expected(),
+                    });
+                }
+                to.push(value);
+            }
+            block.timestamps.push(time);
+            block.valid.push(valid);
+        }
+        self.last_time = times.last().copied().or(self.last_time);
+        self.row += times.len() as u64;
+        Ok(block)
+    }
+
+    /// A column of numbers; nulls become NaN.
+    fn floats(&self, spec: &ColumnSpec, array: &ArrayRef) -> Result<Vec<f64>> {
+        let cast = self.numbers(spec, array, &DataType::Float64)?;
+        let floats = cast.as_primitive::<Float64Type>();
+        Ok(floats.iter().map(|v| v.unwrap_or(f64::NAN)).collect())
+    }
+
+    /// The column of time as unix seconds.
+    fn seconds(&self, array: &ArrayRef) -> Result<Vec<i64>> {
+        let spec = &self.options.schema.time;
+        let per_second = match array.data_type() {
+            DataType::Timestamp(TimeUnit::Second, _) => Some(1),
+            DataType::Timestamp(TimeUnit::Millisecond, _) => Some(1_000),
+            DataType::Timestamp(TimeUnit::Microsecond, _) => Some(1_000_000),
+            DataType::Timestamp(TimeUnit::Nanosecond, _) => Some(1_000_000_000),
+            _ => None,
+        };
+        let cast = self.numbers(spec, array, &DataType::Int64)?;
+        let ticks = cast.as_primitive::<Int64Type>();
+        if let Some(row) = (0..ticks.len()).find(|&i| ticks.is_null(i)) {
+            return Err(Error::NotANumber {
+                path: self.name.clone(),
+                row: self.row + row as u64 + 1,
+                column: spec.name.clone(),
+                value: "null".into(),
+                expected: "a time",
+            });
+        }
+        Ok(ticks
+            .values()
+            .iter()
+            .map(|&t| per_second.map_or_else(|| to_seconds(t), |per| t.div_euclid(per)))
+            .collect())
+    }
+
+    fn numbers(&self, spec: &ColumnSpec, array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
+        let from = array.data_type();
+        let numeric = from.is_numeric() || matches!(from, DataType::Timestamp(..));
+        if !numeric {
+            return Err(Error::Source {
+                path: self.name.clone(),
+                reason: format!("column `{}` holds {from}; expected numbers", spec.name),
+            });
+        }
+        cast(array, to).map_err(|e| Error::Damaged {
+            path: self.name.clone(),
+            format: "Parquet",
+            reason: e.to_string(),
+        })
+    }
+}
+
+impl BlockSource for ParquetReader<'_> {
+    fn next_block(&mut self) -> Result<Option<Block>> {
+        loop {
+            let name = self.name.clone();
+            let reader = &mut self.reader;
+            let Some(batch) = quietly(&name, || reader.next().transpose())? else {
+                return Ok(None);
+            };
+            let block = self.block(&batch)?;
+            let share = u128::from(self.bytes) * u128::from(self.row) / u128::from(self.rows);
+            self.read.store(share as u64, Ordering::Relaxed);
+            if block.len() > 0 {
+                return Ok(Some(block));
+            }
+        }
+    }
+
+    fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+}
+
+/// Indices of the time column and the schema's columns among the file's.
+fn roots_of(path: &str, found: &[String], options: &ReadOptions) -> Result<Vec<usize>> {
+    let specs: Vec<&ColumnSpec> = std::iter::once(&options.schema.time)
+        .chain(&options.schema.columns)
+        .collect();
+    let places: Vec<Option<usize>> = specs.iter().map(|s| super::find_column(found, s)).collect();
+    let missing: Vec<String> = specs
+        .iter()
+        .zip(&places)
+        .filter(|(_, place)| place.is_none())
+        .map(|(spec, _)| spec.name.clone())
+        .collect();
+    if missing.is_empty() {
+        return Ok(places.into_iter().flatten().collect());
+    }
+    Err(Error::MissingColumns {
+        path: path.into(),
+        missing,
+        found: found.to_vec(),
+    })
+}
+
+/// Runs a step of the Parquet reader; what it makes of a damaged file is an error, panics too.
+pub(crate) fn quietly<T, E: std::fmt::Display>(
+    path: &str,
+    step: impl FnOnce() -> std::result::Result<T, E>,
+) -> Result<T> {
+    let damaged = |reason: String| Error::Damaged {
+        path: path.into(),
+        format: "Parquet",
+        reason,
+    };
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(step)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(e)) => Err(damaged(e.to_string())),
+        Err(_) => Err(damaged("the reader gave up on its content".into())),
+    }
+}
