@@ -25,7 +25,11 @@ fn shapes() -> Vec<[usize; 4]> {
 }
 
 fn dtype(device: &Device) -> DType {
-    if ACCELERATOR && device.supports_dtype(DType::BF16) { DType::BF16 } else { DType::F32 }
+    if ACCELERATOR && device.supports_dtype(DType::BF16) {
+        DType::BF16
+    } else {
+        DType::F32
+    }
 }
 
 fn inputs(shape: [usize; 4], device: &Device) -> [Tensor<4>; 3] {
@@ -66,17 +70,20 @@ fn operator(c: &mut Criterion) {
                 grads
             });
         });
-        group.bench_function(BenchmarkId::new("Burn's attention, forward", &name), |bench| {
-            bench.iter(|| {
-                let options = AttentionModuleOptions {
-                    is_causal: true,
-                    ..Default::default()
-                };
-                let out = attention(q0.clone(), k0.clone(), v0.clone(), None, None, options);
-                finish(&device);
-                out
-            });
-        });
+        group.bench_function(
+            BenchmarkId::new("Burn's attention, forward", &name),
+            |bench| {
+                bench.iter(|| {
+                    let options = AttentionModuleOptions {
+                        is_causal: true,
+                        ..Default::default()
+                    };
+                    let out = attention(q0.clone(), k0.clone(), v0.clone(), None, None, options);
+                    finish(&device);
+                    out
+                });
+            },
+        );
     }
     group.finish();
 }
