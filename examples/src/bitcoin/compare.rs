@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mamba_ssm_eval::{Comparison, Evaluation};
 
@@ -16,7 +16,11 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let evaluations = args.run.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let evaluations = args
+        .run
+        .iter()
+        .map(|folder| read(folder))
+        .collect::<Result<Vec<_>>>()?;
     let comparison = Comparison::new(evaluations)?;
     let files = comparison.write(&args.out)?;
     println!("{}", comparison.to_markdown());
@@ -25,7 +29,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn read(folder: &PathBuf) -> Result<Evaluation> {
+fn read(folder: &Path) -> Result<Evaluation> {
     let run = Run::open(folder)?;
     let metrics = run.folder.join("metrics.json");
     if !metrics.is_file() {

@@ -50,9 +50,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 /// A file's rows, all of them, under the run's transform.
 fn unseen(run: &Run, csv: &Path, args: &Args) -> Result<(Dataset, String)> {
-    let mut read = ReadOptions::default();
-    read.from = args.from.as_deref().map(parse_time).transpose()?;
-    read.to = args.to.as_deref().map(parse_time).transpose()?;
+    let read = ReadOptions {
+        from: args.from.as_deref().map(parse_time).transpose()?,
+        to: args.to.as_deref().map(parse_time).transpose()?,
+        ..ReadOptions::default()
+    };
     let windows = WindowOptions {
         // Every place a window can stand at; the scoring takes as few as it needs.
         stride: 1,

@@ -44,9 +44,11 @@ enum ProtocolName {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut read = ReadOptions::default();
-    read.from = args.from.as_deref().map(parse_time).transpose()?;
-    read.to = args.to.as_deref().map(parse_time).transpose()?;
+    let read = ReadOptions {
+        from: args.from.as_deref().map(parse_time).transpose()?,
+        to: args.to.as_deref().map(parse_time).transpose()?,
+        ..ReadOptions::default()
+    };
     let windows = WindowOptions {
         length: args.length,
         stride: args.stride,
