@@ -71,8 +71,7 @@ impl Case {
 
     /// An operand, tracked, where the case has it.
     pub fn operand<const D: usize>(&self, name: &str, device: &Device) -> Option<Tensor<D>> {
-        self.has(name)
-            .then(|| self.tensor(name, device).require_grad())
+        self.has(name).then(|| self.need(name, device))
     }
 
     /// The names below `prefix`, the prefix taken off.
@@ -84,6 +83,11 @@ impl Case {
             }
         }
         dict
+    }
+
+    /// An operand, tracked, that every case must have.
+    pub fn need<const D: usize>(&self, name: &str, device: &Device) -> Tensor<D> {
+        self.tensor(name, device).require_grad()
     }
 
     /// Asserts that `found` is the case's tensor `name`, within a relative L2 norm.

@@ -24,13 +24,12 @@ fn golden_ssd() {
 
 fn check_scan(case: &Case) {
     let device = Device::default().autodiff();
-    let need = |name: &str| format!("case {} lacks {name}", case.name);
     let input = ScanInput {
-        u: case.operand("u", &device).expect(&need("u")),
-        delta: case.operand("delta", &device).expect(&need("delta")),
-        a: case.operand("A", &device).expect(&need("A")),
-        b: case.operand("B", &device).expect(&need("B")),
-        c: case.operand("C", &device).expect(&need("C")),
+        u: case.need("u", &device),
+        delta: case.need("delta", &device),
+        a: case.need("A", &device),
+        b: case.need("B", &device),
+        c: case.need("C", &device),
         d: case.operand("D", &device),
         z: case.operand("z", &device),
         delta_bias: case.operand("delta_bias", &device),
@@ -66,17 +65,16 @@ fn check_scan(case: &Case) {
 
 fn check_ssd(case: &Case, chunk_size: usize) {
     let device = Device::default().autodiff();
-    let need = |name: &str| format!("case {} lacks {name}", case.name);
     let d = case.has("D").then(|| match case.named("D").shape.len() {
         1 => SkipWeight::PerHead(case.operand("D", &device).expect("D is there")),
         _ => SkipWeight::PerChannel(case.operand("D", &device).expect("D is there")),
     });
     let input = SsdInput {
-        x: case.operand("x", &device).expect(&need("x")),
-        dt: case.operand("dt", &device).expect(&need("dt")),
-        a: case.operand("A", &device).expect(&need("A")),
-        b: case.operand("B", &device).expect(&need("B")),
-        c: case.operand("C", &device).expect(&need("C")),
+        x: case.need("x", &device),
+        dt: case.need("dt", &device),
+        a: case.need("A", &device),
+        b: case.need("B", &device),
+        c: case.need("C", &device),
         d,
         z: case.operand("z", &device),
         dt_bias: case.operand("dt_bias", &device),
