@@ -269,13 +269,13 @@ impl BatchPlan {
             ..Batch::default()
         };
         match &self.rows {
-            RowSource::Memory(rows) => self.from_memory(rows, &mut batch),
-            RowSource::Pages(pages) => self.from_pages(pages, &mut batch)?,
+            RowSource::Memory(rows) => self.copy_resident(rows, &mut batch),
+            RowSource::Pages(pages) => self.copy_pages(pages, &mut batch)?,
         }
         Ok(batch)
     }
 
-    fn from_memory(&self, rows: &Normalised, batch: &mut Batch) {
+    fn copy_resident(&self, rows: &Normalised, batch: &mut Batch) {
         let width = rows.width;
         batch.features = width;
         batch
@@ -293,7 +293,7 @@ impl BatchPlan {
         }
     }
 
-    fn from_pages(&self, pages: &PageCache, batch: &mut Batch) -> Result<()> {
+    fn copy_pages(&self, pages: &PageCache, batch: &mut Batch) -> Result<()> {
         let page_rows = pages.page_rows();
         let wanted: BTreeSet<usize> = batch
             .starts
