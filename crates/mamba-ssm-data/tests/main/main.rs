@@ -1,5 +1,8 @@
 //! The crate as its users see it: files in, batches or errors out.
 
 mod bad_input;
+mod other_readers;
+mod sources;
 mod support;
+mod unbreakable;
 mod whole_way;

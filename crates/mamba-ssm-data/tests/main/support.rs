@@ -54,3 +54,20 @@ pub fn small_windows() -> WindowOptions {
         ..WindowOptions::default()
     }
 }
+
+/// A Python that has this package, by `MAMBA_TEST_PYTHON` or as `python3`; says so when there is none.
+pub fn python(package: &str) -> Option<PathBuf> {
+    let program = std::env::var_os("MAMBA_TEST_PYTHON").unwrap_or_else(|| "python3".into());
+    let found = std::process::Command::new(&program)
+        .args(["-c", &format!("import {package}")])
+        .stderr(std::process::Stdio::null())
+        .status()
+        .is_ok_and(|s| s.success());
+    if !found {
+        eprintln!(
+            "skipped: {} has no package `{package}` (MAMBA_TEST_PYTHON names another Python)",
+            Path::new(&program).display()
+        );
+    }
+    found.then(|| program.into())
+}
