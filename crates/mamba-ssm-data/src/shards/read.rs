@@ -1,7 +1,7 @@
 //! Parquet files back to rows, checked before they are trusted.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -305,12 +305,33 @@ impl parquet::file::reader::Length for SharedFile {
     }
 }
 
+/// Reads on from a place, a little at a time: page headers are asked for without their length.
+struct ReadFrom {
+    file: Arc<File>,
+    at: u64,
+    length: u64,
+}
+
+impl Read for ReadFrom {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let left = usize::try_from(self.length.saturating_sub(self.at)).unwrap_or(usize::MAX);
+        let wanted = buffer.len().min(left);
+        read_at(&self.file, &mut buffer[..wanted], self.at)?;
+        self.at += wanted as u64;
+        Ok(wanted)
+    }
+}
+
 impl parquet::file::reader::ChunkReader for SharedFile {
-    type T = std::io::Cursor<bytes::Bytes>;
+    type T = BufReader<ReadFrom>;
 
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        let length = self.length.saturating_sub(start) as usize;
-        self.get_bytes(start, length).map(std::io::Cursor::new)
+        let from = ReadFrom {
+            file: self.file.clone(),
+            at: start,
+            length: self.length,
+        };
+        Ok(BufReader::with_capacity(1 << 10, from))
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
