@@ -61,14 +61,47 @@ enum Source {
 }
 
 impl Dataset {
-    /// Opens a shard set. Reads the manifest alone; rows are read when they are asked for.
+    /// Opens a shard set in a folder or, with the feature `remote`, behind a URL (`file`, `s3`, `gs`, `az`,
+    /// `http`, `https`). Reads the manifest alone; rows are read when they are asked for.
     ///
     /// # Errors
     ///
     /// No such folder, no manifest in it, a manifest of another version, a shard that is missing
-    /// or cut short.
-    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        Self::of_files(Box::new(Folder(folder.as_ref().into())))
+    /// or cut short; a URL that cannot be reached.
+    pub fn open(place: impl AsRef<Path>) -> Result<Self> {
+        let place = place.as_ref();
+        match place.to_str().filter(|text| is_url(text)) {
+            Some(url) => Self::open_url(url),
+            None => Self::of_files(Box::new(Folder(place.into()))),
+        }
+    }
+
+    #[cfg(feature = "remote")]
+    fn open_url(url: &str) -> Result<Self> {
+        Self::open_remote(url, &crate::RemoteOptions::default())
+    }
+
+    #[cfg(not(feature = "remote"))]
+    fn open_url(url: &str) -> Result<Self> {
+        Err(Error::InvalidOption {
+            option: "data",
+            reason: format!(
+                "`{}` is a URL; this build reads folders alone: build mamba-ssm-data with its feature `remote`",
+                crate::error::shorten(url)
+            ),
+        })
+    }
+
+    /// Opens a shard set behind a URL (`file`, `s3`, `gs`, `az`, `http`, `https`). Shards are copied to a bounded
+    /// cache on this machine when they are wanted, and a little before.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`open`](Self::open); [`Error::Remote`] when a transfer has failed as often as
+    /// the options allow.
+    #[cfg(feature = "remote")]
+    pub fn open_remote(url: &str, options: &crate::RemoteOptions) -> Result<Self> {
+        Self::of_files(crate::remote::open(url, options)?)
     }
 
     fn of_files(files: Box<dyn Files>) -> Result<Self> {
@@ -280,4 +313,11 @@ impl Dataset {
             }
         }
     }
+}
+
+/// Whether a text begins with a scheme of at least two letters: one letter is a drive.
+fn is_url(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(scheme, _)| {
+        scheme.len() > 1 && scheme.bytes().all(|b| b.is_ascii_alphanumeric())
+    })
 }

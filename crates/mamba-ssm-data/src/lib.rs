@@ -39,6 +39,8 @@ mod gaps;
 mod loader;
 mod plan;
 mod prepare;
+#[cfg(feature = "remote")]
+mod remote;
 mod schema;
 mod series;
 mod shards;
@@ -55,6 +57,8 @@ pub use features::{Feature, add_features};
 pub use gaps::fill_gaps;
 pub use loader::{Batch, Loader, LoaderOptions};
 pub use prepare::{PrepareOptions, Progress, Stage, Summary, prepare, prepare_with};
+#[cfg(feature = "remote")]
+pub use remote::{RemoteOptions, upload};
 pub use schema::{ColumnSpec, Role, Scale, Schema};
 pub use series::RawSeries;
 pub use shards::{MANIFEST, Manifest, Shard};

@@ -382,16 +382,15 @@ fn epoch_order(
         // One generator per epoch: an order that can be found again without replaying the epochs before.
         let mut rng = ChaCha12Rng::seed_from_u64(seed);
         rng.set_stream(options.epoch);
-        match rows {
-            RowSource::Pages(pages)
-                if series_rows.div_ceil(pages.page_rows()) * pages.page_bytes()
-                    > options.memory_bytes =>
-            {
-                let at_once = options.memory_bytes / pages.page_bytes();
-                starts = shuffle_by_pages(&starts, pages.page_rows(), length, at_once, &mut rng);
+        starts = match rows {
+            RowSource::Pages(pages) => {
+                shuffled(starts, pages, series_rows, length, options, &mut rng)
             }
-            _ => starts.shuffle(&mut rng),
-        }
+            RowSource::Memory(_) => {
+                starts.shuffle(&mut rng);
+                starts
+            }
+        };
     }
     if options.world == 1 {
         return starts;
@@ -403,6 +402,52 @@ fn epoch_order(
         .take(share)
         .map(|round| round[options.rank])
         .collect()
+}
+
+/// Shuffles as widely as memory, and the room for shards, allow.
+fn shuffled(
+    starts: Vec<u64>,
+    pages: &PageCache,
+    series_rows: usize,
+    length: usize,
+    options: &LoaderOptions,
+    rng: &mut ChaCha12Rng,
+) -> Vec<u64> {
+    let rounds = match pages.shards_at_once() {
+        Some(shards) => {
+            let of_start = |start: u64| pages.shard_of(start as usize / pages.page_rows());
+            rounds_of_shards(&starts, of_start, shards, rng)
+        }
+        None => vec![starts],
+    };
+    let fits = series_rows.div_ceil(pages.page_rows()) * pages.page_bytes() <= options.memory_bytes;
+    let at_once = options.memory_bytes / pages.page_bytes();
+    let within = |mut round: Vec<u64>| {
+        if fits {
+            round.shuffle(rng);
+            return round;
+        }
+        shuffle_by_pages(&round, pages.page_rows(), length, at_once, rng)
+    };
+    rounds.into_iter().flat_map(within).collect()
+}
+
+/// Draws shards at random, as many at once as can be had; returns the windows of each such draw.
+fn rounds_of_shards(
+    starts: &[u64],
+    shard_of: impl Fn(u64) -> usize,
+    at_once: usize,
+    rng: &mut ChaCha12Rng,
+) -> Vec<Vec<u64>> {
+    let mut by_shard: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
+    for &start in starts {
+        by_shard.entry(shard_of(start)).or_default().push(start);
+    }
+    let mut shards: Vec<Vec<u64>> = by_shard.into_values().collect();
+    shards.shuffle(rng);
+    // One is left for what the last windows of a shard reach into, and for what is fetched ahead.
+    let together = shards.chunks(at_once.saturating_sub(1).max(1));
+    together.map(<[Vec<u64>]>::concat).collect()
 }
 
 /// Draws pages at random, some at once, and shuffles the windows that start in them together.
@@ -436,6 +481,21 @@ fn shuffle_by_pages(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shards_take_turns_when_few_can_be_had() {
+        let starts: Vec<u64> = (0..1000).collect();
+        let mut rng = ChaCha12Rng::seed_from_u64(1);
+        let rounds = rounds_of_shards(&starts, |s| s as usize / 100, 4, &mut rng);
+        assert_eq!(
+            rounds.iter().map(Vec::len).collect::<Vec<_>>(),
+            [300, 300, 300, 100]
+        );
+        let mut sorted = rounds.concat();
+        assert_ne!(sorted, starts);
+        sorted.sort_unstable();
+        assert_eq!(sorted, starts);
+    }
 
     #[test]
     fn pages_are_shuffled_without_loss() {

@@ -50,6 +50,17 @@ impl PageCache {
         self.reader.prefetch(page);
     }
 
+    /// The shard that a page lies in.
+    pub(crate) fn shard_of(&self, page: usize) -> usize {
+        self.reader.shard_of(page)
+    }
+
+    /// Whether shards have to take turns, and how many can be had at once.
+    pub(crate) fn shards_at_once(&self) -> Option<usize> {
+        let at_once = self.reader.shards_at_once();
+        (at_once < self.reader.manifest.shards.len()).then_some(at_once)
+    }
+
     /// Bytes of a page in memory.
     pub(crate) fn page_bytes(&self) -> usize {
         self.page_rows() * (4 * self.reader.manifest.transform.width() + 1)

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use super::manifest::{MANIFEST, Shard};
-use super::read::{check_size, damaged};
+use super::open::{check_size, damaged};
 use crate::{Error, Result};
 
 /// Gives the manifest and the shards of a set, wherever they are kept.
@@ -20,6 +20,11 @@ pub(crate) trait Files: Send + Sync + std::fmt::Debug {
 
     /// The place of a file of the set, for messages.
     fn place(&self, file: &str) -> PathBuf;
+
+    /// Shards of this size (the largest of the set) that can be held at once.
+    fn holds_at_once(&self, _largest: u64) -> usize {
+        usize::MAX
+    }
 
     /// Says that a shard will be wanted soon.
     fn prefetch(&self, _shard: &Shard) {}

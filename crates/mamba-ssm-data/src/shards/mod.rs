@@ -3,6 +3,7 @@
 mod cache;
 mod files;
 mod manifest;
+mod open;
 mod publish;
 mod read;
 mod write;
@@ -10,6 +11,8 @@ mod write;
 pub(crate) use cache::PageCache;
 pub(crate) use files::{Files, Folder};
 pub use manifest::{MANIFEST, Manifest, Shard};
+#[cfg(feature = "remote")]
+pub(crate) use open::check_content;
 pub(crate) use publish::Staging;
 pub(crate) use read::ShardReader;
 pub(crate) use write::{RowGroup, ShardWriter};

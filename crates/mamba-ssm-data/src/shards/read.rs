@@ -1,19 +1,16 @@
 //! Parquet files back to rows, checked before they are trusted.
 
-use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use arrow::array::{Array, BooleanArray, Float32Array, TimestampMillisecondArray};
 use arrow::record_batch::RecordBatch;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder};
 use rayon::prelude::*;
-use xxhash_rust::xxh3::Xxh3;
 
 use super::files::Files;
-use super::manifest::{MANIFEST, Manifest, Shard};
+use super::manifest::{MANIFEST, Manifest};
+use super::open::{Handles, OpenShard, SharedFile, check_content, damaged};
 use super::write::arrow_schema;
 use crate::source::quietly;
 use crate::transform::Normalised;
@@ -25,14 +22,7 @@ pub(crate) struct ShardReader {
     files: Box<dyn Files>,
     pub(crate) manifest: Manifest,
     /// Shards that have been opened and found whole.
-    open: Vec<Mutex<Option<Arc<OpenShard>>>>,
-}
-
-/// A shard that has been found whole.
-#[derive(Debug)]
-struct OpenShard {
-    file: File,
-    metadata: ArrowReaderMetadata,
+    handles: Handles,
 }
 
 /// The rows of one row group.
@@ -50,11 +40,12 @@ impl ShardReader {
         for shard in &manifest.shards {
             files.check(shard)?;
         }
-        let open = manifest.shards.iter().map(|_| Mutex::default()).collect();
+        let largest = manifest.shards.iter().map(|s| s.bytes).max().unwrap_or(0);
+        let handles = Handles::new(manifest.shards.len(), files.holds_at_once(largest));
         Ok(Self {
             files,
             manifest,
-            open,
+            handles,
         })
     }
 
@@ -66,6 +57,17 @@ impl ShardReader {
     /// Number of pages.
     pub(crate) fn pages(&self) -> usize {
         (self.manifest.rows as usize).div_ceil(self.page_rows())
+    }
+
+    /// The shard that a page lies in.
+    pub(crate) fn shard_of(&self, page: usize) -> usize {
+        self.locate(page).0
+    }
+
+    /// Shards that can be read in turns without fetching any of them twice.
+    pub(crate) fn shards_at_once(&self) -> usize {
+        let largest = self.manifest.shards.iter().map(|s| s.bytes).max();
+        self.files.holds_at_once(largest.unwrap_or(0))
     }
 
     /// The shard that a page lies in, and its row group there.
@@ -110,11 +112,8 @@ impl ShardReader {
 
     /// Says that a page will be wanted soon.
     pub(crate) fn prefetch(&self, page: usize) {
-        let (shard, _) = self.locate(page);
-        let slot = self.open[shard]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if slot.is_none() {
+        let shard = self.shard_of(page);
+        if !self.handles.is_open(shard) {
             self.files.prefetch(&self.manifest.shards[shard]);
         }
     }
@@ -123,7 +122,7 @@ impl ShardReader {
     pub(crate) fn read_all(&self) -> Result<Normalised> {
         let width = self.manifest.transform.width();
         // Row counts are checked against the files before room is made for them.
-        (0..self.open.len())
+        (0..self.manifest.shards.len())
             .into_par_iter()
             .try_for_each(|shard| self.shard(shard).map(drop))?;
         let rows = self.manifest.rows as usize;
@@ -191,12 +190,7 @@ impl ShardReader {
         mut take: impl FnMut(&RecordBatch) -> Option<()>,
     ) -> Result<()> {
         let shard = self.shard(index)?;
-        let path = self.files.place(&self.manifest.shards[index].file);
-        let file = shard
-            .file
-            .try_clone()
-            .map_err(|e| Error::io(&path, "open it", e))?;
-        let metadata = shard.metadata.clone();
+        let OpenShard { file, metadata } = shard;
         let wrong = |e: Error| self.wrong(index, e.to_string());
         let reader = quietly("row groups", || {
             let mask = match times {
@@ -222,30 +216,29 @@ impl ShardReader {
         Ok(())
     }
 
-    /// Opens a shard and checks its checksum, columns and row groups; once.
-    fn shard(&self, index: usize) -> Result<Arc<OpenShard>> {
-        let mut slot = self.open[index]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(shard) = slot.as_ref() {
-            return Ok(shard.clone());
+    /// Opens a shard; checks its checksum, columns and row groups the first time.
+    fn shard(&self, index: usize) -> Result<OpenShard> {
+        let mut slot = self.handles.slot(index);
+        if let Some(shard) = slot.get() {
+            return Ok(shard);
         }
         let entry = &self.manifest.shards[index];
         let path = self.files.place(&entry.file);
         let mut file = self.files.open(entry)?;
-        verify(&path, entry, &mut file)?;
-        let shared = SharedFile::new(
-            file.try_clone()
-                .map_err(|e| Error::io(&path, "open it", e))?,
-        );
-        let metadata = quietly("footer", || {
-            ArrowReaderMetadata::load(&shared, Default::default())
-        })
-        .map_err(|e| self.wrong(index, e.to_string()))?;
-        self.check_layout(index, &metadata)?;
-        let shard = Arc::new(OpenShard { file, metadata });
-        *slot = Some(shard.clone());
-        Ok(shard)
+        let metadata = match slot.metadata() {
+            Some(metadata) => metadata,
+            None => {
+                check_content(&path, entry, &mut file)?;
+                let shared = SharedFile::new(Arc::new(file));
+                let metadata = quietly("footer", || {
+                    ArrowReaderMetadata::load(&shared, Default::default())
+                })
+                .map_err(|e| self.wrong(index, e.to_string()))?;
+                self.check_layout(index, &metadata)?;
+                return Ok(slot.set(shared.file, metadata));
+            }
+        };
+        Ok(slot.set(Arc::new(file), metadata))
     }
 
     /// Columns and row groups must be those of the manifest.
@@ -283,119 +276,6 @@ impl ShardReader {
     }
 }
 
-/// A file that several threads read at places of their own.
-struct SharedFile {
-    file: Arc<File>,
-    length: u64,
-}
-
-impl SharedFile {
-    fn new(file: File) -> Self {
-        let length = file.metadata().map_or(0, |m| m.len());
-        Self {
-            file: Arc::new(file),
-            length,
-        }
-    }
-}
-
-impl parquet::file::reader::Length for SharedFile {
-    fn len(&self) -> u64 {
-        self.length
-    }
-}
-
-/// Reads on from a place, a little at a time: page headers are asked for without their length.
-struct ReadFrom {
-    file: Arc<File>,
-    at: u64,
-    length: u64,
-}
-
-impl Read for ReadFrom {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let left = usize::try_from(self.length.saturating_sub(self.at)).unwrap_or(usize::MAX);
-        let wanted = buffer.len().min(left);
-        read_at(&self.file, &mut buffer[..wanted], self.at)?;
-        self.at += wanted as u64;
-        Ok(wanted)
-    }
-}
-
-impl parquet::file::reader::ChunkReader for SharedFile {
-    type T = BufReader<ReadFrom>;
-
-    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        let from = ReadFrom {
-            file: self.file.clone(),
-            at: start,
-            length: self.length,
-        };
-        Ok(BufReader::with_capacity(1 << 10, from))
-    }
-
-    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
-        if start
-            .checked_add(length as u64)
-            .is_none_or(|end| end > self.length)
-        {
-            return Err(parquet::errors::ParquetError::EOF(
-                "a range lies past the end".into(),
-            ));
-        }
-        let mut buffer = vec![0u8; length];
-        read_at(&self.file, &mut buffer, start)?;
-        Ok(buffer.into())
-    }
-}
-
-/// Reads at a place without moving the cursor that all handles of the file share.
-#[cfg(unix)]
-fn read_at(file: &File, buffer: &mut [u8], start: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, buffer, start)
-}
-
-/// Reads at a place without moving the cursor that all handles of the file share.
-#[cfg(windows)]
-fn read_at(file: &File, mut buffer: &mut [u8], mut start: u64) -> std::io::Result<()> {
-    while !buffer.is_empty() {
-        let read = std::os::windows::fs::FileExt::seek_read(file, buffer, start)?;
-        if read == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        buffer = &mut buffer[read..];
-        start += read as u64;
-    }
-    Ok(())
-}
-
-/// Compares size and checksum with the manifest's.
-fn verify(path: &Path, shard: &Shard, file: &mut File) -> Result<()> {
-    let failed = |e| Error::io(path, "read it", e);
-    let mut hash = Xxh3::new();
-    let mut buffer = vec![0u8; 1 << 20];
-    let mut bytes = 0u64;
-    file.seek(SeekFrom::Start(0)).map_err(failed)?;
-    loop {
-        match file.read(&mut buffer).map_err(failed)? {
-            0 => break,
-            read => {
-                hash.update(&buffer[..read]);
-                bytes += read as u64;
-            }
-        }
-    }
-    check_size(path, shard, bytes)?;
-    let found = format!("{:016x}", hash.digest());
-    match found == shard.xxh3 {
-        true => Ok(()),
-        false => Err(damaged(
-            path,
-            format!("its checksum is {found}; expected {}", shard.xxh3),
-        )),
-    }
-}
-
 /// Copies features (columns to rows) and validity, the last columns of a record batch; `None`
 /// when a column has another type or size.
 fn copy_rows(
@@ -421,26 +301,4 @@ fn copy_rows(
         }
     }
     Some(())
-}
-
-pub(super) fn check_size(path: &Path, shard: &Shard, found: u64) -> Result<()> {
-    if found == shard.bytes {
-        return Ok(());
-    }
-    let verb = if found < shard.bytes {
-        "cut short"
-    } else {
-        "longer than written"
-    };
-    Err(damaged(
-        path,
-        format!("it is {verb}: {found} bytes; expected {}", shard.bytes),
-    ))
-}
-
-pub(super) fn damaged(path: &Path, reason: String) -> Error {
-    Error::Shard {
-        path: path.into(),
-        reason,
-    }
 }

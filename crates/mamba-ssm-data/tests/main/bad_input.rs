@@ -277,3 +277,10 @@ fn an_unknown_split_is_empty_and_a_bad_batch_is_named() {
         &["rank"],
     );
 }
+
+#[cfg(not(feature = "remote"))]
+#[test]
+fn a_url_in_a_build_without_remote_sets() {
+    let message = Dataset::open("s3://bucket/set").unwrap_err().to_string();
+    has(&message, &["s3://bucket/set", "feature `remote`"]);
+}

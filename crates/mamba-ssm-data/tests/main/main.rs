@@ -2,6 +2,10 @@
 
 mod bad_input;
 mod other_readers;
+#[cfg(feature = "remote")]
+mod remote;
+#[cfg(any(feature = "remote", feature = "fetch"))]
+mod server;
 mod sources;
 mod support;
 mod unbreakable;

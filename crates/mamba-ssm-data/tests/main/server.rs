@@ -1,0 +1,220 @@
+//! A web server on loopback that fails on demand.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// What to do with a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// As asked.
+    Whole,
+    /// As asked, but the connection is cut after so many bytes of the body.
+    Cut(usize),
+    /// This status and no content.
+    Status(u16),
+    /// The head and some bytes of the body, then nothing, until the client goes away.
+    Stall(usize),
+    /// All of the file, whatever range is asked for.
+    WithoutRanges,
+    /// Without ranges, and cut after so many bytes.
+    WithoutRangesCut(usize),
+    /// As asked, but with one byte changed.
+    Altered,
+}
+
+/// A request that came in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    pub method: String,
+    /// Below the root, without a slash in front.
+    pub path: String,
+    /// First byte of the range asked for.
+    pub from: Option<usize>,
+    /// The value of the `authorization` header.
+    pub authorization: Option<String>,
+}
+
+type Plan = dyn Fn(&Request, usize) -> Answer + Send + Sync;
+
+/// Serves a folder until it is dropped.
+pub struct Server {
+    /// `http://127.0.0.1:PORT`
+    pub url: String,
+    log: Arc<Mutex<Vec<Request>>>,
+    listener: TcpListener,
+}
+
+impl Server {
+    /// Serves the files below `root`; `plan` says how, from the request and how often its path has been
+    /// asked for before.
+    pub fn start(
+        root: &Path,
+        plan: impl Fn(&Request, usize) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = Self {
+            url: format!("http://{}", listener.local_addr().unwrap()),
+            log: Arc::default(),
+            listener: listener.try_clone().unwrap(),
+        };
+        let (log, root, plan): (_, _, Arc<Plan>) =
+            (server.log.clone(), root.to_path_buf(), Arc::new(plan));
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(stream) = stream else { return };
+                let (log, root, plan) = (log.clone(), root.clone(), plan.clone());
+                std::thread::spawn(move || {
+                    // A client that goes away is no failure of the server.
+                    let _ = serve(&stream, &root, &log, &*plan);
+                    let _ = stream.shutdown(Shutdown::Both);
+                });
+            }
+        });
+        server
+    }
+
+    /// The requests so far.
+    pub fn requests(&self) -> Vec<Request> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// How often something was asked for whose path contains this.
+    pub fn asked(&self, part: &str) -> usize {
+        self.requests()
+            .iter()
+            .filter(|r| r.path.contains(part))
+            .count()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // A last connection wakes the listening thread, which then finds an error.
+        let _ = self.listener.set_nonblocking(true);
+        let _ = TcpStream::connect(self.listener.local_addr().unwrap());
+    }
+}
+
+fn serve(
+    stream: &TcpStream,
+    root: &Path,
+    log: &Mutex<Vec<Request>>,
+    plan: &Plan,
+) -> std::io::Result<()> {
+    let mut reader = BufReader::new(stream);
+    let (request, length) = read_head(&mut reader)?;
+    let before = {
+        let mut log = log.lock().unwrap();
+        let before = log
+            .iter()
+            .filter(|r| r.path == request.path && r.method == request.method)
+            .count();
+        log.push(request.clone());
+        before
+    };
+    let answer = plan(&request, before);
+    if let Answer::Status(status) = answer {
+        return head(stream, status, 0, "");
+    }
+    if request.method == "PUT" {
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body)?;
+        let path = below(root, &request.path);
+        std::fs::create_dir_all(path.parent().unwrap())?;
+        std::fs::write(path, body)?;
+        return head(stream, 201, 0, "");
+    }
+    match std::fs::read(below(root, &request.path)) {
+        Ok(body) => send(stream, &request, answer, body),
+        Err(_) => head(stream, 404, 0, ""),
+    }
+}
+
+fn read_head(reader: &mut impl BufRead) -> std::io::Result<(Request, usize)> {
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let mut words = line.split_whitespace();
+    let mut request = Request {
+        method: words.next().unwrap_or_default().into(),
+        path: words
+            .next()
+            .unwrap_or_default()
+            .trim_start_matches('/')
+            .into(),
+        from: None,
+        authorization: None,
+    };
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let Some((name, value)) = line.trim().split_once(':') else {
+            return Ok((request, length));
+        };
+        let value = value.trim();
+        match name.to_ascii_lowercase().as_str() {
+            "content-length" => length = value.parse().unwrap(),
+            "authorization" => request.authorization = Some(value.into()),
+            "range" => {
+                let range = value.strip_prefix("bytes=").unwrap();
+                request.from = Some(range.split('-').next().unwrap().parse().unwrap());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn head(mut stream: &TcpStream, status: u16, length: usize, more: &str) -> std::io::Result<()> {
+    write!(
+        stream,
+        "HTTP/1.1 {status} Words\r\nContent-Length: {length}\r\nConnection: close\r\n{more}\r\n"
+    )
+}
+
+fn send(
+    mut stream: &TcpStream,
+    request: &Request,
+    answer: Answer,
+    mut body: Vec<u8>,
+) -> std::io::Result<()> {
+    let total = body.len();
+    let ranges = !matches!(answer, Answer::WithoutRanges | Answer::WithoutRangesCut(_));
+    let from = request.from.filter(|_| ranges);
+    if answer == Answer::Altered {
+        body[total / 2] ^= 1;
+    }
+    match from {
+        Some(from) if from >= total => return head(stream, 416, 0, ""),
+        Some(from) => {
+            let range = format!("Content-Range: bytes {from}-{}/{total}\r\n", total - 1);
+            body.drain(..from);
+            head(stream, 206, body.len(), &range)?;
+        }
+        None => head(stream, 200, body.len(), "")?,
+    }
+    if request.method == "HEAD" {
+        return Ok(());
+    }
+    let wait = |stream: &TcpStream| (&*stream).read_to_end(&mut Vec::new());
+    match answer {
+        Answer::Cut(bytes) | Answer::WithoutRangesCut(bytes) => {
+            stream.write_all(&body[..bytes.min(body.len())])
+        }
+        Answer::Stall(bytes) => {
+            stream.write_all(&body[..bytes.min(body.len())])?;
+            wait(stream).map(drop)
+        }
+        _ => stream.write_all(&body),
+    }
+}
+
+/// A path below the root, whatever dots the client sends.
+fn below(root: &Path, path: &str) -> PathBuf {
+    let plain = path.split('?').next().unwrap_or_default();
+    plain
+        .split('/')
+        .filter(|part| !matches!(*part, "" | "." | ".."))
+        .fold(root.into(), |at: PathBuf, part| at.join(part))
+}
