@@ -251,10 +251,10 @@ pub enum Error {
         reason: String,
     },
 
-    /// Another process is writing the same set.
-    #[error("{}: another `prepare` is writing this folder; wait for it to end", path.display())]
+    /// Another process is writing the same set or file.
+    #[error("{}: another process is writing here; wait for it to end", path.display())]
     Busy {
-        /// The folder.
+        /// The folder or file.
         path: PathBuf,
     },
 

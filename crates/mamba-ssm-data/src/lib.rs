@@ -35,6 +35,8 @@
 mod dataset;
 mod error;
 mod features;
+#[cfg(feature = "fetch")]
+mod fetch;
 mod gaps;
 mod loader;
 mod plan;
@@ -54,6 +56,11 @@ mod windows;
 pub use dataset::Dataset;
 pub use error::{Error, Result};
 pub use features::{Feature, add_features};
+#[cfg(feature = "fetch")]
+pub use fetch::{
+    BinanceMonths, Credentials, FetchOptions, FetchProgress, FetchWatcher, KaggleSet, Month,
+    fetch_binance, fetch_kaggle,
+};
 pub use gaps::fill_gaps;
 pub use loader::{Batch, Loader, LoaderOptions};
 pub use prepare::{PrepareOptions, Progress, Stage, Summary, prepare, prepare_with};

@@ -1,6 +1,8 @@
 //! The crate as its users see it: files in, batches or errors out.
 
 mod bad_input;
+#[cfg(feature = "fetch")]
+mod fetching;
 mod other_readers;
 #[cfg(feature = "remote")]
 mod remote;
