@@ -7,4 +7,8 @@ pub mod gated_rms_norm;
 pub mod selective_scan;
 pub mod ssd;
 
+#[cfg(feature = "cubecl")]
+mod cube;
+mod device;
+mod optional;
 mod precision;

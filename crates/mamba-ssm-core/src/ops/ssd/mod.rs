@@ -2,9 +2,19 @@
 //!
 //! One scalar decay per head lets the recurrence be computed chunk by chunk with matrix products.
 
+mod autodiff;
+mod backend;
+#[cfg(feature = "cubecl")]
+mod cube;
 mod reference;
 
-use burn::tensor::Tensor;
+use backend::{Operands, Spec, SsdBackend};
+use burn::backend::Dispatch;
+use burn::tensor::{DType, FloatDType, Tensor, activation};
+
+use crate::ops::device::has_kernels;
+use crate::ops::optional::Optional;
+use crate::ops::precision::{compute_dtype, narrow_to, widen};
 
 /// The operands of [`ssd`], in the official layouts. `heads` is a multiple of `groups`; head `h` reads
 /// group `h / (heads / groups)`.
@@ -125,7 +135,53 @@ pub struct SsdOutput {
 /// ```
 pub fn ssd(input: SsdInput, options: &SsdOptions) -> SsdOutput {
     check(&input, options);
-    reference::ssd(input, options)
+    if !is_native(&input) {
+        return reference::ssd(input, options);
+    }
+    let z = input.z.clone();
+    let mut out = native(input, options);
+    if let Some(z) = z {
+        let dtype = out.y.dtype();
+        let wide = compute_dtype(dtype);
+        out.y = narrow_to(widen(out.y, wide) * activation::silu(widen(z, wide)), dtype);
+    }
+    out
+}
+
+/// Whether the device has an implementation of its own for the operands' types.
+fn is_native(input: &SsdInput) -> bool {
+    let dtype = input.x.dtype();
+    has_kernels(&input.x.device(), dtype) && input.dt.dtype() != DType::F64
+}
+
+/// The device's own implementation, without the gate.
+fn native(input: SsdInput, options: &SsdOptions) -> SsdOutput {
+    let dtype = input.x.dtype();
+    let [_, _, heads, headdim] = input.x.dims();
+    let f32 = FloatDType::F32;
+    let d = input.d.map(|d| match d {
+        SkipWeight::PerHead(d) => widen(d, f32).reshape([heads, 1]).expand([heads, headdim]),
+        SkipWeight::PerChannel(d) => widen(d, f32),
+    });
+    let operands = Operands {
+        x: input.x.into_dispatch(),
+        dt: input.dt.into_dispatch(),
+        a: widen(input.a, f32).into_dispatch(),
+        b: narrow_to(input.b, dtype).into_dispatch(),
+        c: narrow_to(input.c, dtype).into_dispatch(),
+        d: Optional::of(d),
+        dt_bias: Optional::of(input.dt_bias.map(|bias| widen(bias, f32))),
+        initial_state: Optional::of(input.initial_state.map(|h| widen(h, f32))),
+    };
+    let spec = Spec {
+        softplus: options.dt_softplus,
+        limit: options.dt_limit,
+    };
+    let (y, final_state) = Dispatch::ssd(operands, spec);
+    SsdOutput {
+        y: Tensor::from_dispatch(y),
+        final_state: Tensor::from_dispatch(final_state),
+    }
 }
 
 fn check(input: &SsdInput, options: &SsdOptions) {

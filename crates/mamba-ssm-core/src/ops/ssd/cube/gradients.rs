@@ -1,0 +1,616 @@
+//! The gradients of every chunk, from the state before it and the gradient of the state behind it.
+//!
+//! ```text
+//! L[i, j] = exp(s[i] - s[j]), j <= i       V[i, j] = (C[i].B[j]) L[i, j] (dy[i].x[j])
+//! u[j]    = sum_i (C[i].B[j]) L[i, j] dy[i]  +  exp(s[Q] - s[j]) g B[j]
+//! dx[j]   = dt[j] u[j] + D dy[j]
+//! dC[i]   = sum_h ( sum_j L[i, j] dt[j] (dy[i].x[j]) B[j]  +  exp(s[i]) h^T dy[i] )
+//! dB[j]   = sum_h ( sum_i L[i, j] dt[j] (dy[i].x[j]) C[i]  +  exp(s[Q] - s[j]) dt[j] g^T x[j] )
+//! d(dt A)[j] = sum_{i >= j > k} dt[k] V[i, k]  +  sum_{i >= j} exp(s[i]) dy[i].(h C[i])
+//!            + sum_{k < j} dt[k] exp(s[Q] - s[k]) x[k].(g B[k])  +  exp(s[Q]) <h, g>
+//! d(dt)[j]   = sum_i V[i, j]  +  exp(s[Q] - s[j]) x[j].(g B[j])  +  A d(dt A)[j]
+//! ```
+//!
+//! `h` is the state before the chunk, `g` the gradient of the state behind it. The sum over pairs
+//! `i >= j > k` is taken as row sums minus column sums of one f32 tile without its diagonal, so that the
+//! terms that must cancel are the same numbers.
+//!
+//! A cube owns one chunk and a block of heads, as in the forward pass; `C B^T`, its gradient and those of
+//! B and C stay with the units over all heads. Bytes: x, dy, B, C and both states read once, dx written.
+
+use cubecl::prelude::*;
+
+use super::outputs::{load_states, load_steps, mix, own_pairs, pair_shares};
+use super::plan::{Call, Plan};
+use crate::ops::cube::product::{add_product, new_sum, product, store_sum};
+use crate::ops::cube::tile::load;
+
+/// What a tile's heads found on the way to the gradients of the steps, `[heads, chunk]` each.
+#[derive(CubeType)]
+struct Terms {
+    step: Shared<[f32]>,
+    sum: Shared<[f32]>,
+    /// `exp(s) dy.(h C)`, in parts.
+    carried: Shared<[f32]>,
+    /// `exp(s[Q] - s) x.(g B)`, in parts.
+    added: Shared<[f32]>,
+    /// Sums of the rows and columns of `V` below the diagonal, and the diagonal.
+    rows: Shared<[f32]>,
+    columns: Shared<[f32]>,
+    diagonal: Shared<[f32]>,
+    /// `<h, g>`, in parts.
+    kept: Shared<[f32]>,
+}
+
+/// Parts in which a sum over a head's channels is taken, so that all units have work.
+fn parts(plan: Plan) -> usize {
+    (plan.team.units / (plan.chunk * plan.heads)).max(1)
+}
+
+/// Parts in which a sum over a head's state is taken.
+fn kept_parts(plan: Plan) -> usize {
+    (plan.team.units / plan.heads).max(1)
+}
+
+#[cube]
+fn new_terms(#[comptime] plan: Plan) -> Terms {
+    let size = comptime!(plan.chunk * plan.heads);
+    Terms {
+        step: Shared::new_slice(size),
+        sum: Shared::new_slice(size),
+        carried: Shared::new_slice(comptime!(plan.chunk * plan.heads * parts(plan))),
+        added: Shared::new_slice(comptime!(plan.chunk * plan.heads * parts(plan))),
+        rows: Shared::new_slice(size),
+        columns: Shared::new_slice(size),
+        diagonal: Shared::new_slice(size),
+        kept: Shared::new_slice(comptime!(plan.heads * kept_parts(plan))),
+    }
+}
+
+#[cube(launch)]
+pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Size>(
+    x: &[I],
+    b: &[I],
+    c: &[I],
+    a: &[f32],
+    d: &[f32],
+    dy: &[I],
+    steps: &[f32],
+    sums: &[f32],
+    states: &[S],
+    dstates: &[S],
+    dx: &mut [I],
+    db: &mut [O],
+    dc: &mut [O],
+    dsteps: &mut [f32],
+    decays: &mut [f32],
+    dd: &mut [f32],
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[define(I, E, S, O)] _types: [ElemType; 4],
+    #[define(VX, VN)] _sizes: [usize; 2],
+) {
+    if CUBE_POS >= call.cubes {
+        terminate!();
+    }
+    let team = comptime!(plan.team);
+    let blocks = call.heads / comptime!(plan.heads) / call.tiles;
+    let block = CUBE_POS % blocks;
+    let chunk = CUBE_POS / blocks % call.chunks;
+    let batch = CUBE_POS / blocks / call.chunks;
+    let block_head = block * call.tiles * comptime!(plan.heads);
+    let group = block_head / (call.heads / call.groups);
+    let token = chunk * comptime!(plan.chunk);
+    let rows = min(call.length - token, comptime!(plan.chunk).runtime());
+    let base = batch * call.length + token;
+    let width = call.heads * comptime!(plan.headdim);
+
+    let tile_x = comptime!(plan.tile_x());
+    let tile_n = comptime!(plan.tile_n());
+    let h_size = comptime!(plan.channels() * plan.stride_n());
+    let mut x_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_x.size()), 16usize);
+    let mut dy_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_x.size()), 16usize);
+    let mut b_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 16usize);
+    let mut c_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 16usize);
+    let mut h_tile = Shared::<[E]>::new_aligned_slice(h_size, 16usize);
+    let mut g_tile = Shared::<[E]>::new_aligned_slice(h_size, 16usize);
+    let mut mixing = Shared::<[E]>::new_aligned_slice(
+        comptime!(plan.heads * plan.chunk * plan.stride_q()),
+        16usize,
+    );
+    let mut stage =
+        Shared::<[f32]>::new_aligned_slice(comptime!(plan.chunk * plan.stride_stage()), 16usize);
+    let mut terms = new_terms(plan);
+
+    let state_column = group * comptime!(plan.state);
+    let b_place = call.b.offset + base * call.b.row + state_column;
+    let c_place = call.c.offset + base * call.c.row + state_column;
+    load::<I, E, VN>(b, b_place, call.b.row, rows, &mut b_tile, tile_n, team);
+    load::<I, E, VN>(c, c_place, call.c.row, rows, &mut c_tile, tile_n, team);
+    sync_cube();
+    product::<E>(
+        &c_tile,
+        &b_tile,
+        &mut stage,
+        0usize,
+        comptime!(plan.scores()),
+        team,
+    );
+    sync_cube();
+    let scores = own_pairs(&stage, plan);
+    let mut dscores = Array::<f32>::new(comptime!(pair_shares(plan)));
+    #[unroll(pair_shares(plan) <= 64)]
+    for r in 0..comptime!(pair_shares(plan)) {
+        dscores[r] = 0.0f32;
+    }
+    let mut sum_b = new_sum(comptime!(plan.onto_state()), team);
+    let mut sum_c = new_sum(comptime!(plan.onto_state()), team);
+
+    for tile in 0..call.tiles {
+        let first_head = block_head + tile * comptime!(plan.heads);
+        let channel = first_head * comptime!(plan.headdim);
+        sync_cube();
+        load_steps(
+            steps,
+            sums,
+            batch,
+            chunk,
+            first_head,
+            &mut terms.step,
+            &mut terms.sum,
+            call,
+            plan,
+        );
+        let x_place = call.x.offset + base * call.x.row + channel;
+        load::<I, E, VX>(x, x_place, call.x.row, rows, &mut x_tile, tile_x, team);
+        load::<I, E, VX>(
+            dy,
+            base * width + channel,
+            width,
+            rows,
+            &mut dy_tile,
+            tile_x,
+            team,
+        );
+        load_states::<S, E, VN>(states, batch, chunk, first_head, &mut h_tile, call, plan);
+        load_states::<S, E, VN>(dstates, batch, chunk, first_head, &mut g_tile, call, plan);
+        sync_cube();
+        product::<E>(
+            &c_tile,
+            &h_tile,
+            &mut stage,
+            0usize,
+            comptime!(plan.carried()),
+            team,
+        );
+        mix::<E>(&scores, &terms.step, &terms.sum, &mut mixing, false, plan);
+        inner_of_states::<E>(&h_tile, &g_tile, &mut terms.kept, plan);
+        sync_cube();
+        inner_of_tokens::<E>(
+            &dy_tile,
+            &stage,
+            &terms.sum,
+            &mut terms.carried,
+            false,
+            plan,
+        );
+        sync_cube();
+        product::<E>(
+            &b_tile,
+            &g_tile,
+            &mut stage,
+            0usize,
+            comptime!(plan.carried()),
+            team,
+        );
+        sync_cube();
+        inner_of_tokens::<E>(&x_tile, &stage, &terms.sum, &mut terms.added, true, plan);
+        sync_cube();
+        decay_to_end(&mut stage, &terms.sum, plan);
+        sync_cube();
+        product::<E>(
+            &mixing,
+            &dy_tile,
+            &mut stage,
+            0usize,
+            comptime!(plan.mixed(true)),
+            team,
+        );
+        sync_cube();
+        store_dx::<I, E, VX>(
+            &stage,
+            &dy_tile,
+            &terms.step,
+            d,
+            base,
+            first_head,
+            rows,
+            dx,
+            call,
+            plan,
+        );
+        if comptime!(plan.skip) {
+            let row = (batch * call.chunks + chunk) * width + channel;
+            skip_terms::<E>(&x_tile, &dy_tile, dd, row, plan);
+        }
+        for head in 0..comptime!(plan.heads) {
+            sync_cube();
+            product::<E>(
+                &dy_tile,
+                &x_tile,
+                &mut stage,
+                head,
+                comptime!(plan.pairs()),
+                team,
+            );
+            sync_cube();
+            pair_terms(&scores, &mut dscores, &mut stage, &mut terms, head, plan);
+            sync_cube();
+            sum_pairs(&stage, &mut terms, head, plan);
+        }
+        sync_cube();
+        weigh::<E>(&mut x_tile, &mut dy_tile, &terms.step, &terms.sum, plan);
+        sync_cube();
+        add_product::<E>(
+            &dy_tile,
+            &h_tile,
+            &mut sum_c,
+            comptime!(plan.onto_state()),
+            team,
+        );
+        add_product::<E>(
+            &x_tile,
+            &g_tile,
+            &mut sum_b,
+            comptime!(plan.onto_state()),
+            team,
+        );
+        store_steps(
+            &terms, a, batch, chunk, first_head, dsteps, decays, call, plan,
+        );
+    }
+
+    sync_cube();
+    own_to_tile::<E>(&dscores, &mut mixing, plan);
+    sync_cube();
+    add_product::<E>(
+        &mixing,
+        &b_tile,
+        &mut sum_c,
+        comptime!(plan.through_scores(false)),
+        team,
+    );
+    add_product::<E>(
+        &mixing,
+        &c_tile,
+        &mut sum_b,
+        comptime!(plan.through_scores(true)),
+        team,
+    );
+    let blocks_per_group = blocks / call.groups;
+    let part = block % blocks_per_group;
+    let entries = call.cubes / (blocks * call.chunks);
+    let to = ((part * entries + batch) * call.length + token) * call.groups + group;
+    store_sum(&sum_c, &mut stage, comptime!(plan.onto_state()), team);
+    sync_cube();
+    store_rows::<O>(&stage, rows, to, dc, call, plan);
+    sync_cube();
+    store_sum(&sum_b, &mut stage, comptime!(plan.onto_state()), team);
+    sync_cube();
+    store_rows::<O>(&stage, rows, to, db, call, plan);
+}
+
+/// `<h, g>` of every head, in parts.
+#[cube]
+fn inner_of_states<E: Float>(
+    h: &Shared<[E]>,
+    g: &Shared<[E]>,
+    kept: &mut Shared<[f32]>,
+    #[comptime] plan: Plan,
+) {
+    let parts = comptime!(kept_parts(plan));
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.heads * kept_parts(plan)) {
+        let head = n / parts;
+        let mut sum = 0.0f32;
+        let mut place = n % parts;
+        while place < comptime!(plan.headdim_padded() * plan.state_padded()) {
+            let row =
+                head * comptime!(plan.headdim_padded()) + place / comptime!(plan.state_padded());
+            let at = row * comptime!(plan.stride_n()) + place % comptime!(plan.state_padded());
+            sum += f32::cast_from(h[at]) * f32::cast_from(g[at]);
+            place += parts;
+        }
+        kept[n] = sum;
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// The product of every token's channels in a tile with those in the stage, by head, in parts, times the
+/// decay since the chunk's start or up to its end.
+#[cube]
+fn inner_of_tokens<E: Float>(
+    tile: &Shared<[E]>,
+    stage: &Shared<[f32]>,
+    sum: &Shared<[f32]>,
+    out: &mut Shared<[f32]>,
+    #[comptime] to_end: bool,
+    #[comptime] plan: Plan,
+) {
+    let parts = comptime!(parts(plan));
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.heads * parts(plan)) {
+        let row = n / parts % comptime!(plan.chunk);
+        let head = n / parts / comptime!(plan.chunk);
+        let first = head * comptime!(plan.headdim_padded());
+        let mut inner = 0.0f32;
+        let mut p = n % parts;
+        while p < comptime!(plan.headdim) {
+            let a = f32::cast_from(tile[row * comptime!(plan.stride_x()) + first + p]);
+            inner = fma(
+                a,
+                stage[row * comptime!(plan.stride_stage()) + first + p],
+                inner,
+            );
+            p += parts;
+        }
+        let mut decay = sum[head * comptime!(plan.chunk) + row];
+        if comptime!(to_end) {
+            decay = sum[head * comptime!(plan.chunk) + comptime!(plan.chunk - 1)] - decay;
+        }
+        out[n] = inner * decay.exp();
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// `stage[j] *= exp(s[Q] - s[j])`.
+#[cube]
+fn decay_to_end(stage: &mut Shared<[f32]>, sum: &Shared<[f32]>, #[comptime] plan: Plan) {
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.channels()) {
+        let row = n / comptime!(plan.channels());
+        let column = n % comptime!(plan.channels());
+        let first = column / comptime!(plan.headdim_padded()) * comptime!(plan.chunk);
+        let place = row * comptime!(plan.stride_stage()) + column;
+        stage[place] *= (sum[first + comptime!(plan.chunk - 1)] - sum[first + row]).exp();
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// `dx = dt u + D dy`.
+#[cube]
+fn store_dx<I: Float, E: Float, V: Size>(
+    stage: &Shared<[f32]>,
+    dy_tile: &Shared<[E]>,
+    step: &Shared<[f32]>,
+    d: &[f32],
+    base: usize,
+    first_head: usize,
+    rows: usize,
+    dx: &mut [I],
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let vector = comptime!(plan.vector_x);
+    let vectors = comptime!(plan.headdim / plan.vector_x);
+    let stage = stage.with_vector_size::<V>();
+    let dy_tile = dy_tile.with_vector_size::<V>();
+    let d = d.with_vector_size::<V>();
+    let dx = dx.with_vector_size_mut::<V>();
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.heads * plan.headdim / plan.vector_x) {
+        let inside = n % vectors * vector;
+        let head = n / vectors % comptime!(plan.heads);
+        let row = n / vectors / comptime!(plan.heads);
+        let column = head * comptime!(plan.headdim_padded()) + inside;
+        if row < rows {
+            let channel = (first_head + head) * comptime!(plan.headdim) + inside;
+            let dt = step[head * comptime!(plan.chunk) + row];
+            let u = stage[(row * comptime!(plan.stride_stage()) + column) / vector];
+            let mut value = u * Vector::new(dt);
+            if comptime!(plan.skip) {
+                let dy = Vector::<f32, V>::cast_from(
+                    dy_tile[(row * comptime!(plan.stride_x()) + column) / vector],
+                );
+                value += dy * d[channel / vector];
+            }
+            let width = call.heads * comptime!(plan.headdim);
+            dx[((base + row) * width + channel) / vector] = Vector::<I, V>::cast_from(value);
+        }
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// `sum over the chunk of dy x`, per channel.
+#[cube]
+fn skip_terms<E: Float>(
+    x_tile: &Shared<[E]>,
+    dy_tile: &Shared<[E]>,
+    dd: &mut [f32],
+    to: usize,
+    #[comptime] plan: Plan,
+) {
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.heads * plan.headdim) {
+        let head = n / comptime!(plan.headdim);
+        let column = head * comptime!(plan.headdim_padded()) + n % comptime!(plan.headdim);
+        let mut sum = 0.0f32;
+        for row in 0..comptime!(plan.chunk) {
+            let place = row * comptime!(plan.stride_x()) + column;
+            sum += f32::cast_from(x_tile[place]) * f32::cast_from(dy_tile[place]);
+        }
+        dd[to + n] = sum;
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// From `dy[i].x[j]` in the stage: the gradient of `C B^T`, and `V` in its place, its diagonal apart.
+#[cube]
+fn pair_terms(
+    scores: &Array<f32>,
+    dscores: &mut Array<f32>,
+    stage: &mut Shared<[f32]>,
+    terms: &mut Terms,
+    head: usize,
+    #[comptime] plan: Plan,
+) {
+    let first = head * comptime!(plan.chunk);
+    #[unroll(pair_shares(plan) <= 64)]
+    for r in 0..comptime!(pair_shares(plan)) {
+        let place = UNIT_POS as usize + r * comptime!(plan.team.units);
+        let i = place / comptime!(plan.chunk);
+        let j = place % comptime!(plan.chunk);
+        let at = i * comptime!(plan.stride_stage()) + j;
+        let mut value = 0.0f32;
+        if j <= i {
+            let decayed = (terms.sum[first + i] - terms.sum[first + j]).exp() * stage[at];
+            dscores[r] = fma(decayed, terms.step[first + j], dscores[r]);
+            value = decayed * scores[r];
+        }
+        if i == j {
+            terms.diagonal[first + i] = value;
+            value = 0.0f32;
+        }
+        stage[at] = value;
+    }
+}
+
+/// Sums of the rows, weighted by the steps, and of the columns of `V`.
+#[cube]
+fn sum_pairs(stage: &Shared<[f32]>, terms: &mut Terms, head: usize, #[comptime] plan: Plan) {
+    let chunk = comptime!(plan.chunk);
+    let first = head * chunk;
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(2 * plan.chunk) {
+        let mut sum = 0.0f32;
+        if n < chunk {
+            for k in 0..chunk {
+                // Every row starts at another column, so that units read different banks.
+                let j = (k + n) % chunk;
+                sum = fma(
+                    stage[n * comptime!(plan.stride_stage()) + j],
+                    terms.step[first + j],
+                    sum,
+                );
+            }
+            terms.rows[first + n] = sum;
+        } else {
+            for i in 0..chunk {
+                sum += stage[i * comptime!(plan.stride_stage()) + n - chunk];
+            }
+            terms.columns[first + n - chunk] = sum;
+        }
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// `x[j] *= exp(s[Q] - s[j]) dt[j]` and `dy[i] *= exp(s[i])`.
+#[cube]
+fn weigh<E: Float>(
+    x_tile: &mut Shared<[E]>,
+    dy_tile: &mut Shared<[E]>,
+    step: &Shared<[f32]>,
+    sum: &Shared<[f32]>,
+    #[comptime] plan: Plan,
+) {
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.channels()) {
+        let row = n / comptime!(plan.channels());
+        let column = n % comptime!(plan.channels());
+        let first = column / comptime!(plan.headdim_padded()) * comptime!(plan.chunk);
+        let place = row * comptime!(plan.stride_x()) + column;
+        let own = sum[first + row];
+        let weight = (sum[first + comptime!(plan.chunk - 1)] - own).exp() * step[first + row];
+        x_tile[place] = E::cast_from(f32::cast_from(x_tile[place]) * weight);
+        dy_tile[place] = E::cast_from(f32::cast_from(dy_tile[place]) * own.exp());
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// The gradients of the steps, and the terms of the gradient of `A`.
+#[cube]
+fn store_steps(
+    terms: &Terms,
+    a: &[f32],
+    batch: usize,
+    chunk: usize,
+    first_head: usize,
+    dsteps: &mut [f32],
+    decays: &mut [f32],
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let size = comptime!(plan.chunk);
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.heads) {
+        let head = n / size;
+        let j = n % size;
+        let first = head * size;
+        let end = terms.sum[first + comptime!(plan.chunk - 1)];
+        let mut kept = 0.0f32;
+        for part in 0..comptime!(kept_parts(plan)) {
+            kept += terms.kept[head * comptime!(kept_parts(plan)) + part];
+        }
+        let mut through = kept * end.exp();
+        for i in 0..size {
+            let at = first + i;
+            if i >= j {
+                through += terms.rows[at] - terms.step[at] * terms.columns[at];
+                through += total(&terms.carried, at, plan);
+            } else {
+                through += terms.step[at] * total(&terms.added, at, plan);
+            }
+        }
+        let own = first + j;
+        let direct = terms.columns[own] + terms.diagonal[own] + total(&terms.added, own, plan);
+        let place = ((batch * call.chunks + chunk) * size + j) * call.heads + first_head + head;
+        dsteps[place] = direct + a[first_head + head] * through;
+        decays[place] = through * terms.step[own];
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// Sums the parts of a term.
+#[cube]
+fn total(term: &Shared<[f32]>, at: usize, #[comptime] plan: Plan) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for part in 0..comptime!(parts(plan)) {
+        sum += term[at * comptime!(parts(plan)) + part];
+    }
+    sum
+}
+
+/// A unit's elements into a tokens-by-tokens tile.
+#[cube]
+fn own_to_tile<E: Float>(own: &Array<f32>, tile: &mut Shared<[E]>, #[comptime] plan: Plan) {
+    #[unroll(pair_shares(plan) <= 64)]
+    for r in 0..comptime!(pair_shares(plan)) {
+        let place = UNIT_POS as usize + r * comptime!(plan.team.units);
+        let i = place / comptime!(plan.chunk);
+        let j = place % comptime!(plan.chunk);
+        tile[i * comptime!(plan.stride_q()) + j] = E::cast_from(own[r]);
+    }
+}
+
+/// Writes tokens-by-state rows.
+#[cube]
+fn store_rows<O: Float>(
+    stage: &Shared<[f32]>,
+    rows: usize,
+    to: usize,
+    out: &mut [O],
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.state) {
+        let row = n / comptime!(plan.state);
+        let column = n % comptime!(plan.state);
+        if row < rows {
+            let place = (to + row * call.groups) * comptime!(plan.state) + column;
+            out[place] = O::cast_from(stage[row * comptime!(plan.stride_stage()) + column]);
+        }
+        n += comptime!(plan.team.units);
+    }
+}

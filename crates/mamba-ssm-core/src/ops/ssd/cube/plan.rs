@@ -1,0 +1,275 @@
+//! Sizes: what a kernel is compiled for and what a call brings.
+
+use burn::tensor::DType;
+use cubecl::prelude::*;
+
+use crate::ops::cube::product::{Lie, Part, Product};
+use crate::ops::cube::tile::Tile;
+use crate::ops::cube::{SIDE, Team};
+
+/// What a kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Plan {
+    /// Tokens of a chunk.
+    pub(super) chunk: usize,
+    /// Size of the state.
+    pub(super) state: usize,
+    pub(super) headdim: usize,
+    /// Heads that a cube treats at once: a tile of channels.
+    pub(super) heads: usize,
+    /// Elements of x, and of B, C and the states, read at once.
+    pub(super) vector_x: usize,
+    pub(super) vector_n: usize,
+    pub(super) softplus: bool,
+    pub(super) skip: bool,
+    pub(super) team: Team,
+}
+
+/// Gaps behind the rows of tiles, so that the rows of a block fall into different banks.
+const GAP: usize = 8;
+
+impl Plan {
+    pub(super) fn state_padded(&self) -> usize {
+        self.state.next_multiple_of(SIDE)
+    }
+
+    pub(super) fn headdim_padded(&self) -> usize {
+        self.headdim.next_multiple_of(SIDE)
+    }
+
+    /// Channels of a tile, with the padding of each head.
+    pub(super) fn channels(&self) -> usize {
+        self.heads * self.headdim_padded()
+    }
+
+    pub(super) fn stride_n(&self) -> usize {
+        self.state_padded() + GAP
+    }
+
+    pub(super) fn stride_x(&self) -> usize {
+        self.channels() + GAP
+    }
+
+    pub(super) fn stride_q(&self) -> usize {
+        self.chunk + GAP
+    }
+
+    /// Between the rows of the f32 stage, whatever it holds.
+    pub(super) fn stride_stage(&self) -> usize {
+        self.channels().max(self.chunk).max(self.state_padded()) + GAP
+    }
+
+    /// Tokens by channels.
+    pub(super) fn tile_x(&self) -> Tile {
+        Tile {
+            rows: self.chunk,
+            groups: self.heads,
+            width: self.headdim,
+            padded: self.headdim_padded(),
+            stride: self.stride_x(),
+            vector: self.vector_x,
+        }
+    }
+
+    /// Tokens by state: B or C.
+    pub(super) fn tile_n(&self) -> Tile {
+        Tile {
+            rows: self.chunk,
+            groups: 1,
+            width: self.state,
+            padded: self.state_padded(),
+            stride: self.stride_n(),
+            vector: self.vector_n,
+        }
+    }
+
+    /// One head's channels by state.
+    pub(super) fn tile_h(&self) -> Tile {
+        Tile {
+            rows: self.headdim_padded(),
+            ..self.tile_n()
+        }
+    }
+
+    fn product(&self, m: usize, n: usize, k: usize, a: Lie, b: Lie) -> Product {
+        Product {
+            batch: 1,
+            m,
+            n,
+            k,
+            a,
+            b,
+            out: Lie::rows(self.stride_stage()),
+            part: Part::All,
+            add: false,
+        }
+    }
+
+    /// `C B^T`, tokens by tokens.
+    pub(super) fn scores(&self) -> Product {
+        let n = Lie::rows(self.stride_n());
+        let b = Lie::transposed(self.stride_n());
+        self.product(self.chunk, self.chunk, self.state_padded(), n, b)
+    }
+
+    /// `X^T B`, channels by state.
+    pub(super) fn outer(&self) -> Product {
+        let x = Lie::transposed(self.stride_x());
+        let n = Lie::rows(self.stride_n());
+        self.product(self.channels(), self.state_padded(), self.chunk, x, n)
+    }
+
+    /// `C H^T`, tokens by channels.
+    pub(super) fn carried(&self) -> Product {
+        let n = Lie::rows(self.stride_n());
+        let h = Lie::transposed(self.stride_n());
+        self.product(self.chunk, self.channels(), self.state_padded(), n, h)
+    }
+
+    /// `stage += M X` for every head of the tile (`M` lower triangular), or `M^T X`.
+    pub(super) fn mixed(&self, transposed: bool) -> Product {
+        let m = Lie {
+            transposed,
+            ..Lie::rows(self.stride_q())
+        };
+        let padded = self.headdim_padded();
+        Product {
+            batch: self.heads,
+            out: Lie::rows(self.stride_stage()).batched(padded),
+            part: if transposed { Part::Upper } else { Part::Lower },
+            add: true,
+            ..self.product(
+                self.chunk,
+                padded,
+                self.chunk,
+                m.batched(self.chunk * self.stride_q()),
+                Lie::rows(self.stride_x()).batched(padded),
+            )
+        }
+    }
+
+    /// `X Y^T` of one head, tokens by tokens.
+    pub(super) fn pairs(&self) -> Product {
+        let x = Lie::rows(self.stride_x());
+        let y = Lie::transposed(self.stride_x());
+        self.product(self.chunk, self.chunk, self.headdim_padded(), x, y)
+    }
+
+    /// `X H`, tokens by state, over all channels of the tile.
+    pub(super) fn onto_state(&self) -> Product {
+        let x = Lie::rows(self.stride_x());
+        let h = Lie::rows(self.stride_n());
+        self.product(self.chunk, self.state_padded(), self.channels(), x, h)
+    }
+
+    /// `M B` or `M^T C`, tokens by state.
+    pub(super) fn through_scores(&self, transposed: bool) -> Product {
+        let m = Lie {
+            transposed,
+            ..Lie::rows(self.stride_q())
+        };
+        let n = Lie::rows(self.stride_n());
+        Product {
+            part: if transposed { Part::Upper } else { Part::Lower },
+            ..self.product(self.chunk, self.state_padded(), self.chunk, m, n)
+        }
+    }
+
+    /// Bytes of shared memory of the pass for gradients, the hungriest.
+    fn gradient_bytes(&self, tile: usize) -> usize {
+        let tiles = 2 * self.tile_n().size()
+            + 2 * self.tile_x().size()
+            + 2 * self.channels() * self.stride_n()
+            + self.heads * self.chunk * self.stride_q();
+        let stage = self.chunk.max(self.channels()) * self.stride_stage();
+        tile * tiles + 4 * (stage + 8 * self.chunk * self.heads + self.team.units)
+    }
+}
+
+/// The largest power of two up to `most` that divides all of `numbers`.
+pub(super) fn common_vector(most: usize, numbers: &[usize]) -> usize {
+    let mut vector = most;
+    while vector > 1 && numbers.iter().any(|n| n % vector != 0) {
+        vector /= 2;
+    }
+    vector
+}
+
+/// Sizes of the operands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sizes {
+    pub(super) batch: usize,
+    pub(super) length: usize,
+    pub(super) heads: usize,
+    pub(super) headdim: usize,
+    pub(super) groups: usize,
+    pub(super) state: usize,
+}
+
+impl Sizes {
+    pub(super) fn heads_per_group(&self) -> usize {
+        self.heads / self.groups
+    }
+}
+
+/// Chooses the chunk and the heads of a tile for a device.
+pub(super) fn plan(
+    client: &Client,
+    sizes: &Sizes,
+    vectors: [usize; 2],
+    softplus: bool,
+    skip: bool,
+    tile: DType,
+) -> Option<Plan> {
+    let team = Team::new(client, 256, tile);
+    let memory = client.properties().hardware.max_shared_memory_size;
+    let padded = sizes.headdim.next_multiple_of(SIDE);
+    // About 64 channels to a tile: heads enough to fill it that divide a group.
+    let wanted = (64 / padded).max(1).min(sizes.heads_per_group());
+    let candidates = [(64, wanted), (64, 1), (32, wanted), (32, 1), (16, 1)];
+    candidates.into_iter().find_map(|(chunk, heads)| {
+        let heads = (1..=heads)
+            .rev()
+            .find(|n| sizes.heads_per_group().is_multiple_of(*n))?;
+        let plan = Plan {
+            chunk,
+            state: sizes.state,
+            headdim: sizes.headdim,
+            heads,
+            vector_x: vectors[0],
+            vector_n: vectors[1],
+            softplus,
+            skip,
+            team,
+        };
+        (plan.gradient_bytes(tile.size()) <= memory).then_some(plan)
+    })
+}
+
+/// Where the rows of an operand lie: row `r` of batch entry `b` starts at
+/// `offset + (b * length + r) * row`.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) offset: usize,
+    pub(super) row: usize,
+}
+
+/// Numbers of a call.
+#[derive(CubeType, CubeLaunch, Clone)]
+pub(super) struct Call {
+    /// Cubes with work.
+    pub(super) cubes: usize,
+    pub(super) length: usize,
+    pub(super) chunks: usize,
+    pub(super) heads: usize,
+    pub(super) groups: usize,
+    /// Runs of chunks that are walked side by side, and chunks of a run.
+    pub(super) segments: usize,
+    pub(super) per_segment: usize,
+    /// Tiles of channels that one cube treats.
+    pub(super) tiles: usize,
+    pub(super) x: Place,
+    pub(super) b: Place,
+    pub(super) c: Place,
+    pub(super) dt: Place,
+}

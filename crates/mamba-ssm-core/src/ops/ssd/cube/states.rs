@@ -1,0 +1,305 @@
+//! The states at the boundaries of chunks, forwards, and their gradients, backwards.
+//!
+//! ```text
+//! forwards     h <- exp(s[Q]) h + sum_j exp(s[Q] - s[j]) dt[j] x[j] B[j]^T
+//! backwards    g <- exp(s[Q]) g + sum_i exp(s[i]) dy[i] C[i]^T
+//! ```
+//!
+//! A cube owns a tile of channels of one batch entry and walks the chunks of a segment in order, the
+//! state in registers; per chunk one product of `[channels, chunk] x [chunk, state]`. With more than one
+//! segment a first walk finds what each adds, `pass` carries the states across, and a second walk starts
+//! from them. Bytes: `x` and `B` read once per walk, one state per chunk written.
+
+use cubecl::prelude::*;
+
+use super::plan::{Call, Plan};
+use crate::ops::cube::product::product;
+use crate::ops::cube::tile::load;
+
+/// What a walk does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Walk {
+    pub(super) backwards: bool,
+    /// Whether to start from given states (else from zero).
+    pub(super) start: bool,
+    /// Whether to write the state before each chunk.
+    pub(super) emit: bool,
+    /// Whether to write the state after each segment, or only after the last.
+    pub(super) ends: bool,
+}
+
+/// Elements of the tile's state that a unit owns.
+fn shares(plan: Plan) -> usize {
+    (plan.channels() * plan.state_padded()).div_ceil(plan.team.units)
+}
+
+/// Where the element `(channel, n)` of a tile lies in `[.., heads, headdim, state]`, past the entry's
+/// start; only for elements that exist.
+#[cube]
+pub(super) fn state_place(
+    first_head: usize,
+    row: usize,
+    n: usize,
+    #[comptime] plan: Plan,
+) -> usize {
+    let head = first_head + row / comptime!(plan.headdim_padded());
+    let p = row % comptime!(plan.headdim_padded());
+    (head * comptime!(plan.headdim) + p) * comptime!(plan.state) + n
+}
+
+/// Whether the element exists or is padding.
+#[cube]
+pub(super) fn state_exists(row: usize, n: usize, #[comptime] plan: Plan) -> bool {
+    row < comptime!(plan.channels())
+        && row % comptime!(plan.headdim_padded()) < comptime!(plan.headdim)
+        && n < comptime!(plan.state)
+}
+
+#[cube(launch)]
+pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
+    x: &[I],
+    b: &[I],
+    steps: &[f32],
+    sums: &[f32],
+    start: &[f32],
+    states: &mut [S],
+    last: &mut [f32],
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] mode: Walk,
+    #[define(I, E, S)] _types: [ElemType; 3],
+    #[define(VX, VN)] _sizes: [usize; 2],
+) {
+    if CUBE_POS >= call.cubes {
+        terminate!();
+    }
+    let tiles = call.heads / comptime!(plan.heads);
+    let first_head = CUBE_POS % tiles * comptime!(plan.heads);
+    let batch = CUBE_POS / tiles / call.segments;
+    let segment = CUBE_POS / tiles % call.segments;
+    let group = first_head / (call.heads / call.groups);
+    let size = call.heads * comptime!(plan.headdim * plan.state);
+
+    let mut x_tile = Shared::<[E]>::new_aligned_slice(comptime!(plan.tile_x().size()), 16usize);
+    let mut b_tile = Shared::<[E]>::new_aligned_slice(comptime!(plan.tile_n().size()), 16usize);
+    let mut stage = Shared::<[f32]>::new_aligned_slice(
+        comptime!(plan.channels() * plan.stride_stage()),
+        16usize,
+    );
+    let mut weights = Shared::<[f32]>::new_slice(comptime!(plan.chunk * plan.heads));
+    let mut decays = Shared::<[f32]>::new_slice(comptime!(plan.heads));
+    let mut state = Array::<f32>::new(comptime!(shares(plan)));
+
+    let entry = (batch * call.segments + segment) * size;
+    #[unroll]
+    for r in 0..comptime!(shares(plan)) {
+        let place = UNIT_POS as usize + comptime!(r * plan.team.units);
+        let row = place / comptime!(plan.state_padded());
+        let n = place % comptime!(plan.state_padded());
+        state[r] = 0.0f32;
+        if comptime!(mode.start) {
+            if state_exists(row, n, plan) {
+                state[r] = start[entry + state_place(first_head, row, n, plan)];
+            }
+        }
+    }
+
+    let from = segment * call.per_segment;
+    let to = min(from + call.per_segment, call.chunks);
+    for visit in from..to {
+        let mut chunk = visit;
+        if comptime!(mode.backwards) {
+            chunk = from + to - 1 - visit;
+        }
+        let token = chunk * comptime!(plan.chunk);
+        let rows = min(call.length - token, comptime!(plan.chunk).runtime());
+        let base = batch * call.length + token;
+        chunk_weights(
+            steps,
+            sums,
+            batch,
+            chunk,
+            first_head,
+            &mut weights,
+            &mut decays,
+            call,
+            plan,
+            mode,
+        );
+        load::<I, E, VN>(
+            b,
+            call.b.offset + base * call.b.row + group * comptime!(plan.state),
+            call.b.row,
+            rows,
+            &mut b_tile,
+            comptime!(plan.tile_n()),
+            comptime!(plan.team),
+        );
+        sync_cube();
+        load_weighted::<I, E, VX>(
+            x,
+            call.x.offset + base * call.x.row + first_head * comptime!(plan.headdim),
+            rows,
+            &weights,
+            &mut x_tile,
+            call,
+            plan,
+        );
+        sync_cube();
+        product::<E>(
+            &x_tile,
+            &b_tile,
+            &mut stage,
+            0usize,
+            comptime!(plan.outer()),
+            comptime!(plan.team),
+        );
+        sync_cube();
+        let entry = (batch * call.chunks + chunk) * size;
+        #[unroll]
+        for r in 0..comptime!(shares(plan)) {
+            let place = UNIT_POS as usize + comptime!(r * plan.team.units);
+            let row = place / comptime!(plan.state_padded());
+            let n = place % comptime!(plan.state_padded());
+            if state_exists(row, n, plan) {
+                if comptime!(mode.emit) {
+                    states[entry + state_place(first_head, row, n, plan)] = S::cast_from(state[r]);
+                }
+                let decay = decays[row / comptime!(plan.headdim_padded())];
+                let added = stage[row * comptime!(plan.stride_stage()) + n];
+                state[r] = fma(state[r], decay, added);
+            }
+        }
+        sync_cube();
+    }
+
+    let mut ends = comptime!(mode.ends).runtime();
+    let mut entry = entry;
+    if comptime!(!mode.ends) {
+        entry = batch * size;
+        let final_segment = if comptime!(mode.backwards) {
+            0usize.runtime()
+        } else {
+            call.segments - 1
+        };
+        ends = segment == final_segment;
+    }
+    if ends {
+        #[unroll]
+        for r in 0..comptime!(shares(plan)) {
+            let place = UNIT_POS as usize + comptime!(r * plan.team.units);
+            let row = place / comptime!(plan.state_padded());
+            let n = place % comptime!(plan.state_padded());
+            if state_exists(row, n, plan) {
+                last[entry + state_place(first_head, row, n, plan)] = state[r];
+            }
+        }
+    }
+}
+
+/// The weights of the tokens of a chunk, by head, and the decay over the chunk.
+#[cube]
+fn chunk_weights(
+    steps: &[f32],
+    sums: &[f32],
+    batch: usize,
+    chunk: usize,
+    first_head: usize,
+    weights: &mut Shared<[f32]>,
+    decays: &mut Shared<[f32]>,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] mode: Walk,
+) {
+    let base = (batch * call.chunks + chunk) * comptime!(plan.chunk);
+    let last = base + comptime!(plan.chunk - 1);
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.heads) {
+        let head = n % comptime!(plan.heads);
+        let place = (base + n / comptime!(plan.heads)) * call.heads + first_head + head;
+        let total = sums[last * call.heads + first_head + head];
+        let mut weight = sums[place].exp();
+        if comptime!(!mode.backwards) {
+            weight = (total - sums[place]).exp() * steps[place];
+        }
+        weights[n] = weight;
+        if n < comptime!(plan.heads) {
+            decays[n] = total.exp();
+        }
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// As [`load`], each row of each head times its weight.
+#[cube]
+fn load_weighted<I: Float, E: Float, V: Size>(
+    from: &[I],
+    base: usize,
+    rows: usize,
+    weights: &Shared<[f32]>,
+    into: &mut Shared<[E]>,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let from = from.with_vector_size::<V>();
+    let into = into.with_vector_size_mut::<V>();
+    let vector = comptime!(plan.vector_x);
+    let vectors = comptime!(plan.channels() / plan.vector_x);
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.chunk * plan.channels() / plan.vector_x) {
+        let row = n / vectors;
+        let column = n % vectors * vector;
+        let head = column / comptime!(plan.headdim_padded());
+        let inside = column % comptime!(plan.headdim_padded());
+        let mut value = Vector::<E, V>::new(E::from_int(0));
+        if row < rows && inside < comptime!(plan.headdim) {
+            let place = base + row * call.x.row + head * comptime!(plan.headdim) + inside;
+            let weight = weights[row * comptime!(plan.heads) + head];
+            let wide = Vector::<f32, V>::cast_from(from[place / vector]) * Vector::new(weight);
+            value = Vector::<E, V>::cast_from(wide);
+        }
+        into[(row * comptime!(plan.stride_x()) + column) / vector] = value;
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// Carries the states across segments: `ends[segment]` becomes the state at which the segment starts
+/// (forwards) or ends (backwards).
+#[cube(launch)]
+pub(super) fn pass(
+    sums: &[f32],
+    start: &[f32],
+    ends: &mut [f32],
+    size: usize,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] mode: Walk,
+) {
+    let entries = call.cubes;
+    if ABSOLUTE_POS < entries {
+        let batch = ABSOLUTE_POS / size;
+        let inside = ABSOLUTE_POS % size;
+        let head = inside / comptime!(plan.headdim * plan.state);
+        let mut state = 0.0f32;
+        if comptime!(mode.start) {
+            state = start[ABSOLUTE_POS];
+        }
+        for visit in 0..call.segments {
+            let mut segment = visit;
+            if comptime!(mode.backwards) {
+                segment = call.segments - 1 - visit;
+            }
+            let from = segment * call.per_segment;
+            let to = min(from + call.per_segment, call.chunks);
+            let mut total = 0.0f32;
+            for chunk in from..to {
+                let row = (batch * call.chunks + chunk + 1) * comptime!(plan.chunk) - 1;
+                total += sums[row * call.heads + head];
+            }
+            let place = (batch * call.segments + segment) * size + inside;
+            let added = ends[place];
+            ends[place] = state;
+            state = fma(state, total.exp(), added);
+        }
+    }
+}
