@@ -2,6 +2,7 @@
 //! themselves step by step, checkpoints, and what is refused.
 
 mod conv_and_norm;
+mod kernels;
 mod layers;
 mod selective_scan;
 mod ssd;

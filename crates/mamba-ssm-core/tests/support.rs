@@ -4,7 +4,7 @@ use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
 
 /// The device under test, with its own random stream.
 pub fn device(seed: u64) -> Device {
-    let device = Device::default();
+    let device = Device::flex();
     device.seed(seed);
     device
 }

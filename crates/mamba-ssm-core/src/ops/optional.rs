@@ -1,8 +1,8 @@
 //! Operands that a call may lack.
 
+use burn::backend::AutodiffBackend;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::ops::NodeGuard;
-use burn::backend::autodiff::tensor::AutodiffTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, ExtensionType};
 use burn::tensor::Tensor;
@@ -48,7 +48,7 @@ impl<B: Backend, C: CheckpointStrategy> Optional<Autodiff<B, C>> {
     /// Its node; for an absent operand one that asks for no gradient, made of `like`.
     pub(crate) fn node(&self, like: &FloatTensor<Autodiff<B, C>>) -> NodeGuard {
         match self {
-            Self::Absent => AutodiffTensor::<B>::new(like.primitive().clone()).node(),
+            Self::Absent => Autodiff::<B, C>::from_inner(like.primitive().clone()).node(),
             Self::Present(tensor) => tensor.node(),
         }
     }

@@ -1,5 +1,7 @@
 //! Depthwise causal convolution over time, with an optional SiLU.
 
+#[cfg(feature = "cubecl")]
+pub(crate) mod cube;
 mod reference;
 
 use burn::tensor::Tensor;

@@ -1,5 +1,6 @@
 //! What the kernels share: tiles in shared memory, their products, sums over rows.
 
+pub(crate) mod place;
 pub(crate) mod product;
 pub(crate) mod reduce;
 pub(crate) mod tile;
@@ -9,6 +10,7 @@ use burn::backend::cubecl::dtype_to_elem_type;
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::features::MmaConfig;
@@ -34,7 +36,7 @@ impl Team {
     pub(crate) fn new(client: &Client, units: usize, tile: DType) -> Self {
         let hardware = &client.properties().hardware;
         // A power of two, so that the shares of a tile come out even.
-        let units = 1 << units.min(hardware.max_units_per_cube as usize).ilog2();
+        let units = 1usize << units.min(hardware.max_units_per_cube as usize).ilog2();
         let plane = hardware.plane_size_max as usize;
         let fixed = hardware.plane_size_min == hardware.plane_size_max;
         let matrix = fixed && units.is_multiple_of(plane) && has_matrix_units(client, tile);
@@ -112,6 +114,11 @@ pub(crate) fn filled<const D: usize>(
         &tensor.device,
         FloatDType::F32,
     )
+}
+
+/// A parameter as the kernels read it.
+pub(crate) fn as_f32(tensor: CubeTensor) -> CubeTensor {
+    into_contiguous(CubeBackend::float_cast(tensor, FloatDType::F32))
 }
 
 /// A grid of `cubes` cubes in a row, bent where the device limits an axis. Kernels leave at once where

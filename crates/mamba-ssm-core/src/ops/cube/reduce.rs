@@ -7,7 +7,8 @@ use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{empty_like, grid};
+use super::place::{Place, Rows};
+use super::{elem, empty_like, grid};
 
 /// Rows of a slice.
 const SLICE: usize = 64;
@@ -50,4 +51,42 @@ pub(crate) fn sum_rows(x: CubeTensor, rows: usize, columns: usize) -> CubeTensor
         }
         (x, rows) = (out, slices);
     }
+}
+
+#[cube(launch)]
+fn sum_parts<O: Float>(
+    parts: &[f32],
+    out: &mut [O],
+    count: usize,
+    rows: usize,
+    width: usize,
+    place: &Place,
+    #[define(O)] _dtype: ElemType,
+) {
+    if ABSOLUTE_POS < rows * width {
+        let mut sum = 0.0f32;
+        for part in 0..count {
+            sum += parts[part * rows * width + ABSOLUTE_POS];
+        }
+        let (row, column) = (ABSOLUTE_POS / width, ABSOLUTE_POS % width);
+        out[place.offset + row * place.row + column] = O::cast_from(sum);
+    }
+}
+
+/// Sums the parts of `[count, rows, width]`, f32, into the rows of another tensor.
+pub(crate) fn sum_parts_into(parts: CubeTensor, [count, rows, width]: [usize; 3], to: &Rows) {
+    let units = 256.min(parts.client.properties().hardware.max_units_per_cube as usize);
+    let client = parts.client.clone();
+    sum_parts::launch(
+        &client,
+        grid((rows * width).div_ceil(units)),
+        CubeDim::new_1d(units as u32),
+        parts.into_buffer_arg(),
+        to.tensor.clone().into_buffer_arg(),
+        count,
+        rows,
+        width,
+        to.place(),
+        elem(to.tensor.dtype),
+    );
 }

@@ -43,8 +43,8 @@ pub(crate) fn load<I: Float, E: Float, V: Size>(
     #[comptime] tile: Tile,
     #[comptime] team: Team,
 ) {
-    let from = from.with_vector_size::<V>();
-    let into = into.with_vector_size_mut::<V>();
+    let from = from.as_vectorized().with_vector_size::<V>();
+    let into = into.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut n = UNIT_POS as usize;
     while n < comptime!(tile.rows * tile.vectors()) {
         let row = n / comptime!(tile.vectors());

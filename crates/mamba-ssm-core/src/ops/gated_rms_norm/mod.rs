@@ -1,5 +1,7 @@
 //! Root-mean-square normalisation with a SiLU gate, as Mamba-2 closes its inner block.
 
+#[cfg(feature = "cubecl")]
+pub(crate) mod cube;
 mod reference;
 
 use burn::tensor::Tensor;

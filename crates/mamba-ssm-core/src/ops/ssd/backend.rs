@@ -8,8 +8,6 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 use burn::tensor::{DType, Shape};
 
 use crate::ops::optional::Optional;
-#[cfg(feature = "cubecl")]
-use crate::ops::optional::OptionalMetadata;
 
 /// The operands; shapes as in [`SsdInput`](super::SsdInput), the gate left out.
 #[derive(ExtensionType, Debug, Clone)]
@@ -150,3 +148,6 @@ fn backward_specs(
         initial_state: TensorSpec::new(state_shape(x, b), DType::F32),
     }
 }
+
+#[cfg(feature = "flex")]
+impl SsdBackend for burn::backend::Flex {}

@@ -3,9 +3,9 @@
 //! One scalar decay per head lets the recurrence be computed chunk by chunk with matrix products.
 
 mod autodiff;
-mod backend;
+pub(crate) mod backend;
 #[cfg(feature = "cubecl")]
-mod cube;
+pub(crate) mod cube;
 mod reference;
 
 use backend::{Operands, Spec, SsdBackend};

@@ -22,6 +22,7 @@ use cubecl::prelude::*;
 
 use super::outputs::{load_states, load_steps, mix, own_pairs, pair_shares};
 use super::plan::{Call, Plan};
+use crate::ops::cube::place::Place;
 use crate::ops::cube::product::{add_product, new_sum, product, store_sum};
 use crate::ops::cube::tile::load;
 
@@ -290,14 +291,14 @@ pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Si
     let blocks_per_group = blocks / call.groups;
     let part = block % blocks_per_group;
     let entries = call.cubes / (blocks * call.chunks);
-    let to = ((part * entries + batch) * call.length + token) * call.groups + group;
+    let to = (part * entries + batch) * call.length + token;
     store_sum(&sum_c, &mut stage, comptime!(plan.onto_state()), team);
     sync_cube();
-    store_rows::<O>(&stage, rows, to, dc, call, plan);
+    store_rows::<O>(&stage, rows, to, state_column, dc, &call.dc, plan);
     sync_cube();
     store_sum(&sum_b, &mut stage, comptime!(plan.onto_state()), team);
     sync_cube();
-    store_rows::<O>(&stage, rows, to, db, call, plan);
+    store_rows::<O>(&stage, rows, to, state_column, db, &call.db, plan);
 }
 
 /// `<h, g>` of every head, in parts.
@@ -308,18 +309,18 @@ fn inner_of_states<E: Float>(
     kept: &mut Shared<[f32]>,
     #[comptime] plan: Plan,
 ) {
-    let parts = comptime!(kept_parts(plan));
+    let count = comptime!(kept_parts(plan));
     let mut n = UNIT_POS as usize;
     while n < comptime!(plan.heads * kept_parts(plan)) {
-        let head = n / parts;
+        let head = n / count;
         let mut sum = 0.0f32;
-        let mut place = n % parts;
+        let mut place = n % count;
         while place < comptime!(plan.headdim_padded() * plan.state_padded()) {
             let row =
                 head * comptime!(plan.headdim_padded()) + place / comptime!(plan.state_padded());
             let at = row * comptime!(plan.stride_n()) + place % comptime!(plan.state_padded());
             sum += f32::cast_from(h[at]) * f32::cast_from(g[at]);
-            place += parts;
+            place += count;
         }
         kept[n] = sum;
         n += comptime!(plan.team.units);
@@ -337,14 +338,14 @@ fn inner_of_tokens<E: Float>(
     #[comptime] to_end: bool,
     #[comptime] plan: Plan,
 ) {
-    let parts = comptime!(parts(plan));
+    let count = comptime!(parts(plan));
     let mut n = UNIT_POS as usize;
     while n < comptime!(plan.chunk * plan.heads * parts(plan)) {
-        let row = n / parts % comptime!(plan.chunk);
-        let head = n / parts / comptime!(plan.chunk);
+        let row = n / count % comptime!(plan.chunk);
+        let head = n / count / comptime!(plan.chunk);
         let first = head * comptime!(plan.headdim_padded());
         let mut inner = 0.0f32;
-        let mut p = n % parts;
+        let mut p = n % count;
         while p < comptime!(plan.headdim) {
             let a = f32::cast_from(tile[row * comptime!(plan.stride_x()) + first + p]);
             inner = fma(
@@ -352,7 +353,7 @@ fn inner_of_tokens<E: Float>(
                 stage[row * comptime!(plan.stride_stage()) + first + p],
                 inner,
             );
-            p += parts;
+            p += count;
         }
         let mut decay = sum[head * comptime!(plan.chunk) + row];
         if comptime!(to_end) {
@@ -393,10 +394,10 @@ fn store_dx<I: Float, E: Float, V: Size>(
 ) {
     let vector = comptime!(plan.vector_x);
     let vectors = comptime!(plan.headdim / plan.vector_x);
-    let stage = stage.with_vector_size::<V>();
-    let dy_tile = dy_tile.with_vector_size::<V>();
-    let d = d.with_vector_size::<V>();
-    let dx = dx.with_vector_size_mut::<V>();
+    let stage = stage.as_vectorized().with_vector_size::<V>();
+    let dy_tile = dy_tile.as_vectorized().with_vector_size::<V>();
+    let d = d.as_vectorized().with_vector_size::<V>();
+    let dx = dx.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut n = UNIT_POS as usize;
     while n < comptime!(plan.chunk * plan.heads * plan.headdim / plan.vector_x) {
         let inside = n % vectors * vector;
@@ -414,8 +415,8 @@ fn store_dx<I: Float, E: Float, V: Size>(
                 );
                 value += dy * d[channel / vector];
             }
-            let width = call.heads * comptime!(plan.headdim);
-            dx[((base + row) * width + channel) / vector] = Vector::<I, V>::cast_from(value);
+            let place = call.out.offset + (base + row) * call.out.row + channel;
+            dx[place / vector] = Vector::<I, V>::cast_from(value);
         }
         n += comptime!(plan.team.units);
     }
@@ -599,8 +600,9 @@ fn store_rows<O: Float>(
     stage: &Shared<[f32]>,
     rows: usize,
     to: usize,
+    state_column: usize,
     out: &mut [O],
-    call: &Call,
+    place: &Place,
     #[comptime] plan: Plan,
 ) {
     let mut n = UNIT_POS as usize;
@@ -608,8 +610,8 @@ fn store_rows<O: Float>(
         let row = n / comptime!(plan.state);
         let column = n % comptime!(plan.state);
         if row < rows {
-            let place = (to + row * call.groups) * comptime!(plan.state) + column;
-            out[place] = O::cast_from(stage[row * comptime!(plan.stride_stage()) + column]);
+            let at = place.offset + (to + row) * place.row + state_column + column;
+            out[at] = O::cast_from(stage[row * comptime!(plan.stride_stage()) + column]);
         }
         n += comptime!(plan.team.units);
     }

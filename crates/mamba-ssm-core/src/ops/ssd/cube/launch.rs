@@ -1,23 +1,19 @@
 //! Strings the passes together: sizes, memory, arguments.
 
-use burn::backend::Backend;
-use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, FloatDType, Shape};
-use burn_cubecl::CubeBackend;
-use burn_cubecl::kernel::into_contiguous;
+use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::gradients::gradients;
 use super::outputs::outputs;
-use super::plan::{Call, CallLaunch, PlaceLaunch, Plan, Sizes, common_vector, plan};
-use super::states::{Walk, pass, walk};
+use super::plan::{CallLaunch, Plan, Sizes, plan};
+use super::states::{Direction, pass, walk};
 use super::steps::{steps, steps_backward};
-use crate::ops::cube::reduce::sum_rows;
+use crate::ops::cube::place::Rows;
+use crate::ops::cube::reduce::{sum_parts_into, sum_rows};
 use crate::ops::cube::{elem, empty_like, filled, grid, tile_dtype};
-use crate::ops::optional::Optional;
-use crate::ops::ssd::backend::{Forward, Gradients, Operands, Spec};
+use crate::ops::ssd::backend::Spec;
 
 /// The shortest chunk of any plan.
 const SHORTEST: usize = 16;
@@ -39,34 +35,46 @@ pub(in crate::ops::ssd) fn states_dtype(x: DType) -> DType {
     }
 }
 
-/// An operand whose rows the kernels read: elements of a row side by side, rows evenly spaced.
-struct Rows {
-    tensor: CubeTensor,
-    row: usize,
+/// A scan: its operands and where they lie.
+pub(crate) struct Scan {
+    pub(crate) x: Rows,
+    pub(crate) b: Rows,
+    pub(crate) c: Rows,
+    pub(crate) dt: Rows,
+    /// `[heads]`, f32.
+    pub(crate) a: CubeTensor,
+    /// `[heads, headdim]`, f32.
+    pub(crate) d: Option<CubeTensor>,
+    /// `[heads]`, f32.
+    pub(crate) bias: Option<CubeTensor>,
+    /// `[batch, heads, headdim, state]`, f32.
+    pub(crate) initial: Option<CubeTensor>,
+    pub(crate) sizes: Sizes,
+    pub(crate) spec: Spec,
 }
 
-impl Rows {
-    fn new(tensor: CubeTensor) -> Self {
-        let tensor = into_contiguous(tensor);
-        let row = tensor.meta.shape.iter().skip(2).product();
-        Self { tensor, row }
-    }
-
-    fn place(&self) -> PlaceLaunch {
-        PlaceLaunch::new(0, self.row)
-    }
+/// Where the gradients of the operands go.
+pub(crate) struct Destinations {
+    pub(crate) x: Rows,
+    pub(crate) b: Rows,
+    pub(crate) c: Rows,
+    pub(crate) dt: Rows,
 }
 
-/// A call's operands, made ready, and what was decided about them.
+/// The gradients of the parameters, f32, and of the initial state.
+pub(crate) struct ParameterGradients {
+    pub(crate) a: CubeTensor,
+    /// `[heads * headdim]`.
+    pub(crate) d: CubeTensor,
+    pub(crate) bias: CubeTensor,
+    pub(crate) initial: CubeTensor,
+}
+
+/// A scan and what was decided about it.
 struct Ready {
-    x: Rows,
-    b: Rows,
-    c: Rows,
-    dt: Rows,
-    a: CubeTensor,
+    scan: Scan,
     d: CubeTensor,
     bias: CubeTensor,
-    initial: Option<CubeTensor>,
     sizes: Sizes,
     plan: Plan,
     /// Types of inputs, tiles, and states between chunks.
@@ -75,64 +83,53 @@ struct Ready {
     limit: [f32; 2],
 }
 
-fn as_f32(tensor: CubeTensor) -> CubeTensor {
-    into_contiguous(CubeBackend::float_cast(tensor, FloatDType::F32))
-}
-
 impl Ready {
-    fn new(operands: Operands<CubeBackend>, spec: &Spec) -> Self {
-        let x = Rows::new(operands.x);
-        let dtype = x.tensor.dtype;
-        let [batch, length, heads, headdim] = x.tensor.meta.shape.dims();
-        let [_, _, groups, state] = operands.b.meta.shape.dims();
-        let sizes = Sizes {
-            batch,
-            length,
-            heads,
-            headdim,
-            groups,
-            state,
-        };
-        let client = x.tensor.client.clone();
+    /// Of a scan whose outputs go to `outputs`: rows of x's and of B's width.
+    fn new(scan: Scan, outputs: [&[&Rows]; 2]) -> Self {
+        let like = &scan.x.tensor;
+        let dtype = like.dtype;
+        let sizes = scan.sizes;
+        let client = like.client.clone();
         let tile = tile_dtype(&client, dtype);
         let states = states_dtype(dtype);
-        let skip = matches!(operands.d, Optional::Present(_));
-        let optional = |operand: Optional<CubeBackend>, zeros: usize| match operand {
-            Optional::Present(tensor) => as_f32(tensor),
-            Optional::Absent => filled(&x.tensor, [zeros], 0.0),
+        let vector = |own: &[&Rows], others: &[&Rows], width: usize| {
+            own.iter()
+                .chain(others)
+                .map(|rows| rows.vector(width))
+                .min()
+                .unwrap_or(1)
         };
         let vectors = [
-            common_vector(16 / dtype.size(), &[headdim]),
-            common_vector(16 / dtype.size(), &[state]),
+            vector(&[&scan.x], outputs[0], sizes.headdim),
+            vector(&[&scan.b, &scan.c], outputs[1], sizes.state),
         ];
-        let plan = plan(&client, &sizes, vectors, spec.softplus, skip, tile).unwrap_or_else(|| {
-            panic!(
-                "ssd: headdim = {headdim} and state = {state} need more shared memory than the \
-                 device has; use smaller ones"
-            )
-        });
+        let skip = scan.d.is_some();
+        let plan =
+            plan(&client, &sizes, vectors, scan.spec.softplus, skip, tile).unwrap_or_else(|| {
+                panic!(
+                    "ssd: headdim = {} and state = {} need more shared memory than the device has; \
+                     use smaller ones",
+                    sizes.headdim, sizes.state
+                )
+            });
+        let limit = scan.spec.limit;
         Self {
-            b: Rows::new(operands.b),
-            c: Rows::new(operands.c),
-            dt: Rows::new(operands.dt),
-            a: as_f32(operands.a),
-            d: optional(operands.d, 16),
-            bias: optional(operands.dt_bias, heads),
-            initial: operands.initial_state.into_option().map(as_f32),
+            d: scan.d.clone().unwrap_or_else(|| filled(like, [16], 0.0)),
+            bias: scan
+                .bias
+                .clone()
+                .unwrap_or_else(|| filled(like, [sizes.heads], 0.0)),
             sizes,
             plan,
             types: [elem(dtype), elem(tile), elem(states)],
             states,
-            limit: [
-                spec.limit.0 as f32,
-                spec.limit.1.min(f64::from(f32::MAX)) as f32,
-            ],
-            x,
+            limit: [limit.0 as f32, limit.1.min(f64::from(f32::MAX)) as f32],
+            scan,
         }
     }
 
     fn client(&self) -> Client {
-        self.x.tensor.client.clone()
+        self.scan.x.tensor.client.clone()
     }
 
     fn chunks(&self) -> usize {
@@ -176,7 +173,7 @@ impl Ready {
         self.sizes.heads * self.sizes.headdim * self.sizes.state
     }
 
-    fn call(&self, cubes: usize, x: PlaceLaunch, b: PlaceLaunch) -> CallLaunch {
+    fn call(&self, cubes: usize, x: &Rows, b: &Rows, to: &Destinations) -> CallLaunch {
         let (segments, each) = self.segments();
         CallLaunch::new(
             cubes,
@@ -187,20 +184,37 @@ impl Ready {
             segments,
             each,
             self.tiles_per_cube(),
-            x,
-            b,
-            self.c.place(),
-            self.dt.place(),
+            x.place(),
+            b.place(),
+            self.scan.c.place(),
+            self.scan.dt.place(),
+            to.x.place(),
+            to.b.place(),
+            to.c.place(),
+            to.dt.place(),
         )
     }
 
+    /// A call that writes no rows, or whole ones.
     fn own_call(&self, cubes: usize) -> CallLaunch {
-        self.call(cubes, self.x.place(), self.b.place())
+        self.call(cubes, &self.scan.x, &self.scan.b, &self.own())
+    }
+
+    /// The operands' own places.
+    fn own(&self) -> Destinations {
+        let Scan { x, b, c, dt, .. } = &self.scan;
+        Destinations {
+            x: x.clone(),
+            b: b.clone(),
+            c: c.clone(),
+            dt: dt.clone(),
+        }
     }
 
     /// A launch with one unit to each of `elements`.
     fn elementwise(&self, elements: usize) -> (CubeCount, CubeDim) {
         let most = self
+            .scan
             .x
             .tensor
             .client
@@ -221,23 +235,23 @@ impl Ready {
             self.chunks() * self.plan.chunk,
             self.sizes.heads,
         ];
-        let [step, sum] = [0, 1].map(|_| empty_like(&self.x.tensor, shape, DType::F32));
+        let [step, sum] = [0, 1].map(|_| empty_like(&self.scan.x.tensor, shape, DType::F32));
         let elements = self.sizes.batch * self.chunks() * self.sizes.heads;
         let (count, dim) = self.elementwise(elements);
         steps::launch(
             &self.client(),
             count,
             dim,
-            self.dt.tensor.clone().into_buffer_arg(),
+            self.scan.dt.tensor.clone().into_buffer_arg(),
             self.bias.clone().into_buffer_arg(),
-            self.a.clone().into_buffer_arg(),
+            self.scan.a.clone().into_buffer_arg(),
             step.clone().into_buffer_arg(),
             sum.clone().into_buffer_arg(),
             self.limit[0],
             self.limit[1],
             self.own_call(elements),
             self.plan,
-            elem(self.dt.tensor.dtype),
+            elem(self.scan.dt.tensor.dtype),
         );
         (step, sum)
     }
@@ -261,10 +275,10 @@ impl Ready {
         } = self.sizes;
         let (segments, _) = self.segments();
         let cubes = batch * self.tiles() * segments;
-        let like = &self.x.tensor;
+        let like = &self.scan.x.tensor;
         let size = self.state_size();
         let nothing = || filled(like, [1], 0.0);
-        let launch = |start: CubeTensor, states: CubeTensor, last: CubeTensor, mode: Walk| {
+        let launch = |start: CubeTensor, states: CubeTensor, last: CubeTensor, mode: Direction| {
             walk::launch(
                 &self.client(),
                 grid(cubes),
@@ -276,14 +290,14 @@ impl Ready {
                 start.into_buffer_arg(),
                 states.into_buffer_arg(),
                 last.into_buffer_arg(),
-                self.call(cubes, rows.place(), onto.place()),
+                self.call(cubes, rows, onto, &self.own()),
                 self.plan,
                 mode,
                 self.types,
                 self.vectors(),
             );
         };
-        let mut mode = Walk {
+        let mut mode = Direction {
             backwards,
             start: start.is_some(),
             emit: true,
@@ -293,7 +307,7 @@ impl Ready {
         if segments > 1 {
             let ends = empty_like(like, [batch, segments, size], DType::F32);
             let states = empty_like(like, [1], self.states);
-            let alone = Walk {
+            let alone = Direction {
                 start: false,
                 emit: false,
                 ends: true,
@@ -324,48 +338,48 @@ impl Ready {
     }
 }
 
-pub(super) fn forward(operands: Operands<CubeBackend>, spec: &Spec) -> Forward<CubeBackend> {
-    let ready = Ready::new(operands, spec);
+/// The forward pass: the output into `y`'s rows; returns the final state and the states between chunks.
+pub(crate) fn forward(scan: Scan, y: &Rows) -> (CubeTensor, CubeTensor) {
+    let ready = Ready::new(scan, [&[y], &[]]);
     let (step, sum) = ready.steps();
-    let start = ready.initial.clone();
-    let (states, final_state) = ready.walk(&ready.x, &ready.b, start, (&step, &sum), false);
-    let y = empty_like::<4>(
-        &ready.x.tensor,
-        ready.x.tensor.meta.shape.dims(),
-        ready.x.tensor.dtype,
-    );
+    let Scan {
+        x, b, c, initial, ..
+    } = &ready.scan;
+    let (states, final_state) = ready.walk(x, b, initial.clone(), (&step, &sum), false);
     let cubes = ready.sizes.batch * ready.chunks() * ready.tiles() / ready.tiles_per_cube();
+    let to = Destinations {
+        x: y.clone(),
+        ..ready.own()
+    };
     outputs::launch(
         &ready.client(),
         grid(cubes),
         ready.plan.team.cube_dim(),
-        ready.x.tensor.clone().into_buffer_arg(),
-        ready.b.tensor.clone().into_buffer_arg(),
-        ready.c.tensor.clone().into_buffer_arg(),
+        x.tensor.clone().into_buffer_arg(),
+        b.tensor.clone().into_buffer_arg(),
+        c.tensor.clone().into_buffer_arg(),
         ready.d.clone().into_buffer_arg(),
         step.into_buffer_arg(),
         sum.into_buffer_arg(),
         states.clone().into_buffer_arg(),
-        y.clone().into_buffer_arg(),
-        ready.own_call(cubes),
+        y.tensor.clone().into_buffer_arg(),
+        ready.call(cubes, x, b, &to),
         ready.plan,
         ready.types,
         ready.vectors(),
     );
-    Forward {
-        y,
-        final_state,
-        states,
-    }
+    (final_state, states)
 }
 
-pub(super) fn backward(
-    operands: Operands<CubeBackend>,
-    [states, dy, dfinal_state]: [CubeTensor; 3],
-    spec: &Spec,
-) -> Gradients<CubeBackend> {
-    let a_dtype = operands.a.dtype;
-    let ready = Ready::new(operands, spec);
+/// The backward pass: the gradients of the operands into their rows; returns those of the parameters.
+pub(crate) fn backward(
+    scan: Scan,
+    states: CubeTensor,
+    dy: &Rows,
+    dfinal_state: Option<CubeTensor>,
+    to: &Destinations,
+) -> ParameterGradients {
+    let ready = Ready::new(scan, [&[dy, &to.x], &[]]);
     let Sizes {
         batch,
         length,
@@ -374,20 +388,29 @@ pub(super) fn backward(
         groups,
         state,
     } = ready.sizes;
-    let like = ready.x.tensor.clone();
-    let dy = Rows::new(dy);
+    let like = ready.scan.x.tensor.clone();
     let (step, sum) = ready.steps();
-    let start = Some(as_f32(dfinal_state));
-    let (dstates, dinitial) = ready.walk(&dy, &ready.c, start, (&step, &sum), true);
+    let (dstates, dinitial) = ready.walk(dy, &ready.scan.c, dfinal_state, (&step, &sum), true);
 
     let padded = [batch, ready.chunks() * ready.plan.chunk, heads];
     let [dsteps, decays] = [0, 1].map(|_| empty_like(&like, padded, DType::F32));
-    let dx = empty_like::<4>(&like, like.meta.shape.dims(), like.dtype);
     let tiles = ready.tiles_per_cube();
     let parts = ready.tiles() / groups / tiles;
-    let dtype = if parts == 1 { like.dtype } else { DType::F32 };
-    let shape = [parts, batch, length, groups, state];
-    let [db, dc] = [0, 1].map(|_| empty_like(&like, shape, dtype));
+    // Blocks of heads of one group leave parts, which are summed afterwards.
+    let own = |rows: &Rows| match parts {
+        1 => rows.clone(),
+        _ => Rows::whole(empty_like(
+            &like,
+            [parts, batch * length, groups * state],
+            DType::F32,
+        )),
+    };
+    let direct = Destinations {
+        x: to.x.clone(),
+        b: own(&to.b),
+        c: own(&to.c),
+        dt: to.dt.clone(),
+    };
     let dd_rows = if ready.plan.skip {
         batch * ready.chunks()
     } else {
@@ -400,97 +423,72 @@ pub(super) fn backward(
         &ready.client(),
         grid(cubes),
         ready.plan.team.cube_dim(),
-        ready.x.tensor.clone().into_buffer_arg(),
-        ready.b.tensor.clone().into_buffer_arg(),
-        ready.c.tensor.clone().into_buffer_arg(),
-        ready.a.clone().into_buffer_arg(),
+        ready.scan.x.tensor.clone().into_buffer_arg(),
+        ready.scan.b.tensor.clone().into_buffer_arg(),
+        ready.scan.c.tensor.clone().into_buffer_arg(),
+        ready.scan.a.clone().into_buffer_arg(),
         ready.d.clone().into_buffer_arg(),
         dy.tensor.clone().into_buffer_arg(),
         step.into_buffer_arg(),
         sum.into_buffer_arg(),
         states.into_buffer_arg(),
         dstates.into_buffer_arg(),
-        dx.clone().into_buffer_arg(),
-        db.clone().into_buffer_arg(),
-        dc.clone().into_buffer_arg(),
+        direct.x.tensor.clone().into_buffer_arg(),
+        direct.b.tensor.clone().into_buffer_arg(),
+        direct.c.tensor.clone().into_buffer_arg(),
         dsteps.clone().into_buffer_arg(),
         decays.clone().into_buffer_arg(),
         dd.clone().into_buffer_arg(),
-        ready.own_call(cubes),
+        ready.call(cubes, &ready.scan.x, &ready.scan.b, &direct),
         ready.plan,
-        [input, tile, kept, elem(dtype)],
+        [input, tile, kept, elem(direct.b.tensor.dtype)],
         ready.vectors(),
     );
-    let (ddt, dbias) = ready.steps_backward(dsteps);
-    let [db, dc] =
-        [db, dc].map(|parts| sum_parts(parts, [batch, length, groups, state], like.dtype));
-    let reshape =
-        |tensor, shape: &[usize]| CubeBackend::float_reshape(tensor, Shape::from(shape.to_vec()));
-    let dd = if ready.plan.skip {
-        sum_rows(dd, dd_rows, heads * headdim)
-    } else {
-        filled(&like, [heads * headdim], 0.0)
-    };
-    Gradients {
-        x: dx,
-        dt: ddt,
-        a: CubeBackend::float_cast(
-            sum_rows(decays, padded[0] * padded[1], heads),
-            a_dtype.into(),
-        ),
-        b: db,
-        c: dc,
-        d: reshape(dd, &[heads, headdim]),
-        dt_bias: sum_rows(dbias, batch * length, heads),
-        initial_state: dinitial,
+    if parts > 1 {
+        let shape = [parts, batch * length, groups * state];
+        sum_parts_into(direct.b.tensor, shape, &to.b);
+        sum_parts_into(direct.c.tensor, shape, &to.c);
     }
-}
-
-/// `[parts, ..]` summed over its parts.
-fn sum_parts(parts: CubeTensor, shape: [usize; 4], dtype: DType) -> CubeTensor {
-    let count = parts.meta.shape[0];
-    let sum = if count == 1 {
-        parts
-    } else {
-        sum_rows(parts, count, shape.iter().product())
-    };
-    let sum = CubeBackend::float_reshape(sum, Shape::new(shape));
-    if sum.dtype == dtype {
-        sum
-    } else {
-        CubeBackend::float_cast(sum, dtype.into())
+    let dbias = ready.steps_backward(dsteps, to);
+    ParameterGradients {
+        a: sum_rows(decays, padded[0] * padded[1], heads),
+        d: if ready.plan.skip {
+            sum_rows(dd, dd_rows, heads * headdim)
+        } else {
+            filled(&like, [heads * headdim], 0.0)
+        },
+        bias: sum_rows(dbias, batch * length, heads),
+        initial: dinitial,
     }
 }
 
 impl Ready {
-    /// The gradient of `dt`, and in f32 for its bias.
-    fn steps_backward(&self, dsteps: CubeTensor) -> (CubeTensor, CubeTensor) {
+    /// The gradient of `dt` into its rows; returns it in f32, for its bias.
+    fn steps_backward(&self, dsteps: CubeTensor, to: &Destinations) -> CubeTensor {
         let Sizes {
             batch,
             length,
             heads,
             ..
         } = self.sizes;
-        let shape = [batch, length, heads];
-        let ddt = empty_like(&self.x.tensor, shape, self.dt.tensor.dtype);
-        let dbias = empty_like(&self.x.tensor, shape, DType::F32);
+        let dbias = empty_like(&self.scan.x.tensor, [batch, length, heads], DType::F32);
         let elements = batch * length * heads;
         let (count, dim) = self.elementwise(elements);
         steps_backward::launch(
             &self.client(),
             count,
             dim,
-            self.dt.tensor.clone().into_buffer_arg(),
+            self.scan.dt.tensor.clone().into_buffer_arg(),
             self.bias.clone().into_buffer_arg(),
             dsteps.into_buffer_arg(),
-            ddt.clone().into_buffer_arg(),
+            to.dt.tensor.clone().into_buffer_arg(),
             dbias.clone().into_buffer_arg(),
             self.limit[0],
             self.limit[1],
-            self.own_call(elements),
+            self.call(elements, &self.scan.x, &self.scan.b, to),
             self.plan,
-            elem(self.dt.tensor.dtype),
+            elem(self.scan.dt.tensor.dtype),
         );
-        (ddt, dbias)
+        dbias
     }
 }

@@ -190,8 +190,8 @@ pub(super) fn load_states<S: Float, E: Float, V: Size>(
     let vectors = comptime!(plan.state_padded() / plan.vector_n);
     let entry = ((batch * call.chunks + chunk) * call.heads + first_head)
         * comptime!(plan.headdim * plan.state);
-    let from = states.with_vector_size::<V>();
-    let into = into.with_vector_size_mut::<V>();
+    let from = states.as_vectorized().with_vector_size::<V>();
+    let into = into.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut place = UNIT_POS as usize;
     while place < comptime!(plan.channels() * plan.state_padded() / plan.vector_n) {
         let row = place / vectors;
@@ -266,10 +266,10 @@ fn store<I: Float, E: Float, V: Size>(
 ) {
     let vector = comptime!(plan.vector_x);
     let vectors = comptime!(plan.headdim / plan.vector_x);
-    let stage = stage.with_vector_size::<V>();
-    let x_tile = x_tile.with_vector_size::<V>();
-    let d = d.with_vector_size::<V>();
-    let y = y.with_vector_size_mut::<V>();
+    let stage = stage.as_vectorized().with_vector_size::<V>();
+    let x_tile = x_tile.as_vectorized().with_vector_size::<V>();
+    let d = d.as_vectorized().with_vector_size::<V>();
+    let y = y.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut n = UNIT_POS as usize;
     while n < comptime!(plan.chunk * plan.heads * plan.headdim / plan.vector_x) {
         let inside = n % vectors * vector;
@@ -285,8 +285,8 @@ fn store<I: Float, E: Float, V: Size>(
                 );
                 value += x * d[channel / vector];
             }
-            let width = call.heads * comptime!(plan.headdim);
-            y[((base + row) * width + channel) / vector] = Vector::<I, V>::cast_from(value);
+            let place = call.out.offset + (base + row) * call.out.row + channel;
+            y[place / vector] = Vector::<I, V>::cast_from(value);
         }
         n += comptime!(plan.team.units);
     }

@@ -3,6 +3,7 @@
 use burn::tensor::DType;
 use cubecl::prelude::*;
 
+use crate::ops::cube::place::Place;
 use crate::ops::cube::product::{Lie, Part, Product};
 use crate::ops::cube::tile::Tile;
 use crate::ops::cube::{SIDE, Team};
@@ -186,24 +187,15 @@ impl Plan {
     }
 }
 
-/// The largest power of two up to `most` that divides all of `numbers`.
-pub(super) fn common_vector(most: usize, numbers: &[usize]) -> usize {
-    let mut vector = most;
-    while vector > 1 && numbers.iter().any(|n| n % vector != 0) {
-        vector /= 2;
-    }
-    vector
-}
-
 /// Sizes of the operands.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Sizes {
-    pub(super) batch: usize,
-    pub(super) length: usize,
-    pub(super) heads: usize,
-    pub(super) headdim: usize,
-    pub(super) groups: usize,
-    pub(super) state: usize,
+pub(crate) struct Sizes {
+    pub(crate) batch: usize,
+    pub(crate) length: usize,
+    pub(crate) heads: usize,
+    pub(crate) headdim: usize,
+    pub(crate) groups: usize,
+    pub(crate) state: usize,
 }
 
 impl Sizes {
@@ -222,7 +214,12 @@ pub(super) fn plan(
     tile: DType,
 ) -> Option<Plan> {
     let team = Team::new(client, 256, tile);
-    let memory = client.properties().hardware.max_shared_memory_size;
+    let hardware = &client.properties().hardware;
+    // On a CPU shared memory is plain memory; what the runtime reports there is its first cache.
+    let memory = match hardware.plane_size_max {
+        1 => usize::MAX,
+        _ => hardware.max_shared_memory_size,
+    };
     let padded = sizes.headdim.next_multiple_of(SIDE);
     // About 64 channels to a tile: heads enough to fill it that divide a group.
     let wanted = (64 / padded).max(1).min(sizes.heads_per_group());
@@ -246,14 +243,6 @@ pub(super) fn plan(
     })
 }
 
-/// Where the rows of an operand lie: row `r` of batch entry `b` starts at
-/// `offset + (b * length + r) * row`.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-pub(super) struct Place {
-    pub(super) offset: usize,
-    pub(super) row: usize,
-}
-
 /// Numbers of a call.
 #[derive(CubeType, CubeLaunch, Clone)]
 pub(super) struct Call {
@@ -272,4 +261,9 @@ pub(super) struct Call {
     pub(super) b: Place,
     pub(super) c: Place,
     pub(super) dt: Place,
+    /// Of y forwards, of dx backwards.
+    pub(super) out: Place,
+    pub(super) db: Place,
+    pub(super) dc: Place,
+    pub(super) ddt: Place,
 }

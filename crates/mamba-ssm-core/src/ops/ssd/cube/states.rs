@@ -18,7 +18,7 @@ use crate::ops::cube::tile::load;
 
 /// What a walk does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Walk {
+pub(super) struct Direction {
     pub(super) backwards: bool,
     /// Whether to start from given states (else from zero).
     pub(super) start: bool,
@@ -66,7 +66,7 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
     last: &mut [f32],
     call: &Call,
     #[comptime] plan: Plan,
-    #[comptime] mode: Walk,
+    #[comptime] mode: Direction,
     #[define(I, E, S)] _types: [ElemType; 3],
     #[define(VX, VN)] _sizes: [usize; 2],
 ) {
@@ -209,7 +209,7 @@ fn chunk_weights(
     decays: &mut Shared<[f32]>,
     call: &Call,
     #[comptime] plan: Plan,
-    #[comptime] mode: Walk,
+    #[comptime] mode: Direction,
 ) {
     let base = (batch * call.chunks + chunk) * comptime!(plan.chunk);
     let last = base + comptime!(plan.chunk - 1);
@@ -241,8 +241,8 @@ fn load_weighted<I: Float, E: Float, V: Size>(
     call: &Call,
     #[comptime] plan: Plan,
 ) {
-    let from = from.with_vector_size::<V>();
-    let into = into.with_vector_size_mut::<V>();
+    let from = from.as_vectorized().with_vector_size::<V>();
+    let into = into.as_vectorized_mut().with_vector_size_mut::<V>();
     let vector = comptime!(plan.vector_x);
     let vectors = comptime!(plan.channels() / plan.vector_x);
     let mut n = UNIT_POS as usize;
@@ -273,7 +273,7 @@ pub(super) fn pass(
     size: usize,
     call: &Call,
     #[comptime] plan: Plan,
-    #[comptime] mode: Walk,
+    #[comptime] mode: Direction,
 ) {
     let entries = call.cubes;
     if ABSOLUTE_POS < entries {

@@ -89,8 +89,7 @@ pub(super) fn steps_backward<T: Float>(
             slope = 0.0f32;
         }
         let gradient = dsteps[from] * slope;
-        let to = row * call.heads + head;
-        ddt[to] = T::cast_from(gradient);
-        dbias[to] = gradient;
+        ddt[call.ddt.offset + row * call.ddt.row + head] = T::cast_from(gradient);
+        dbias[row * call.heads + head] = gradient;
     }
 }

@@ -1,0 +1,170 @@
+//! Sizes, memory, arguments.
+
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+use super::backward::backward as backward_kernel;
+use super::forward::{CallLaunch, Plan, forward as forward_kernel};
+use crate::ops::cube::place::{Rows, common_vector};
+use crate::ops::cube::reduce::sum_rows;
+use crate::ops::cube::{as_f32, elem, empty_like, filled, grid};
+
+/// Tokens of a run.
+const RUN: usize = 32;
+
+/// A convolution: parameters in f32 and where the input lies.
+#[derive(Clone)]
+pub(crate) struct Conv {
+    pub(crate) x: Rows,
+    pub(crate) batch: usize,
+    pub(crate) length: usize,
+    pub(crate) channels: usize,
+    /// `[channels, width]`.
+    pub(crate) weight: CubeTensor,
+    /// `[channels]`.
+    pub(crate) bias: Option<CubeTensor>,
+    /// `[batch, width - 1, channels]`.
+    pub(crate) initial: Option<CubeTensor>,
+    pub(crate) activation: bool,
+}
+
+/// The gradients of the parameters, f32.
+pub(crate) struct ConvGradients {
+    /// `[channels, width]`.
+    pub(crate) weight: CubeTensor,
+    /// `[channels]`.
+    pub(crate) bias: CubeTensor,
+    /// `[batch, width - 1, channels]`; one element where there is no initial state.
+    pub(crate) initial: CubeTensor,
+}
+
+impl Conv {
+    fn width(&self) -> usize {
+        self.weight.meta.shape[1]
+    }
+
+    fn runs(&self) -> usize {
+        self.batch * self.length.div_ceil(RUN)
+    }
+
+    fn plan(&self, others: &[&Rows]) -> Plan {
+        // Four channels: windows and parameters of more would not fit the registers.
+        let most = others
+            .iter()
+            .fold(self.x.vector(self.channels).min(4), |most, rows| {
+                most.min(rows.vector(self.channels))
+            });
+        Plan {
+            width: self.width(),
+            vector: common_vector(most, &[self.channels]),
+            run: RUN,
+            activation: self.activation,
+            initial: self.initial.is_some(),
+        }
+    }
+
+    fn call(&self, plan: &Plan, out: &Rows) -> (CubeCount, CubeDim, CallLaunch) {
+        let units = self.runs() * self.channels / plan.vector;
+        let most = self
+            .x
+            .tensor
+            .client
+            .properties()
+            .hardware
+            .max_units_per_cube as usize;
+        let cube = 128.min(most);
+        (
+            grid(units.div_ceil(cube)),
+            CubeDim::new_1d(cube as u32),
+            CallLaunch::new(
+                units,
+                self.length,
+                self.channels,
+                self.x.place(),
+                out.place(),
+            ),
+        )
+    }
+
+    /// `[width, channels]`, `[channels]` and the initial state, f32.
+    fn parameters(&self) -> [CubeTensor; 3] {
+        let like = &self.x.tensor;
+        let weight = CubeBackend::float_swap_dims(as_f32(self.weight.clone()), 0, 1);
+        [
+            into_contiguous(weight),
+            self.bias
+                .clone()
+                .map_or_else(|| filled(like, [self.channels], 0.0), as_f32),
+            self.initial
+                .clone()
+                .map_or_else(|| filled(like, [16], 0.0), as_f32),
+        ]
+    }
+
+    /// The output, written to `y`'s rows.
+    pub(crate) fn forward(&self, y: &Rows) {
+        let plan = self.plan(&[y]);
+        let (count, dim, call) = self.call(&plan, y);
+        let [weight, bias, initial] = self.parameters();
+        forward_kernel::launch(
+            &self.x.tensor.client,
+            count,
+            dim,
+            self.x.tensor.clone().into_buffer_arg(),
+            weight.into_buffer_arg(),
+            bias.into_buffer_arg(),
+            initial.into_buffer_arg(),
+            y.tensor.clone().into_buffer_arg(),
+            call,
+            plan,
+            elem(self.x.tensor.dtype),
+            plan.vector,
+        );
+    }
+
+    /// The gradient of the input, written to `dx`'s rows, and those of the parameters.
+    pub(crate) fn backward(&self, dy: &Rows, dx: &Rows) -> ConvGradients {
+        let plan = self.plan(&[dy, dx]);
+        let (count, dim, call) = self.call(&plan, dx);
+        let [weight, bias, initial] = self.parameters();
+        let (width, channels) = (plan.width, self.channels);
+        let like = &self.x.tensor;
+        let rows = empty_like(like, [self.runs(), width + 1, channels], DType::F32);
+        let dinitial = match &self.initial {
+            Some(_) => empty_like(like, [self.batch, width - 1, channels], DType::F32),
+            None => empty_like(like, [16, 1, 1], DType::F32),
+        };
+        backward_kernel::launch(
+            &like.client,
+            count,
+            dim,
+            like.clone().into_buffer_arg(),
+            weight.into_buffer_arg(),
+            bias.into_buffer_arg(),
+            initial.into_buffer_arg(),
+            dy.tensor.clone().into_buffer_arg(),
+            dx.tensor.clone().into_buffer_arg(),
+            rows.clone().into_buffer_arg(),
+            dinitial.clone().into_buffer_arg(),
+            dy.place(),
+            call,
+            plan,
+            elem(like.dtype),
+            plan.vector,
+        );
+        let sums = sum_rows(rows, self.runs(), (width + 1) * channels);
+        let sums = CubeBackend::float_reshape(sums, Shape::new([width + 1, channels]));
+        let row = |from: usize, to: usize| {
+            CubeBackend::float_slice(sums.clone(), &[(from..to).into(), (0..channels).into()])
+        };
+        ConvGradients {
+            weight: into_contiguous(CubeBackend::float_swap_dims(row(0, width), 0, 1)),
+            bias: CubeBackend::float_reshape(row(width, width + 1), Shape::new([channels])),
+            initial: dinitial,
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! Where rows lie: the kernels read and write slices of wider tensors in place.
+
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::prelude::*;
+
+/// Row `r` starts at `offset + r * row`.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) offset: usize,
+    pub(crate) row: usize,
+}
+
+/// Rows of a contiguous tensor: all of each row, or a slice of it.
+#[derive(Clone)]
+pub(crate) struct Rows {
+    pub(crate) tensor: CubeTensor,
+    pub(crate) offset: usize,
+    pub(crate) row: usize,
+}
+
+impl Rows {
+    /// Whole rows of `[batch, length, ..]`.
+    pub(crate) fn whole(tensor: CubeTensor) -> Self {
+        let tensor = into_contiguous(tensor);
+        let row = tensor.meta.shape.iter().skip(2).product();
+        Self {
+            tensor,
+            offset: 0,
+            row,
+        }
+    }
+
+    /// The columns from `offset` on of the same rows.
+    pub(crate) fn from(&self, offset: usize) -> Self {
+        Self {
+            offset: self.offset + offset,
+            ..self.clone()
+        }
+    }
+
+    pub(crate) fn place(&self) -> PlaceLaunch {
+        PlaceLaunch::new(self.offset, self.row)
+    }
+
+    /// The largest vector of at most 16 bytes in which rows of `width` columns can be read.
+    pub(crate) fn vector(&self, width: usize) -> usize {
+        common_vector(
+            16 / self.tensor.dtype.size(),
+            &[self.offset, self.row, width],
+        )
+    }
+}
+
+/// The largest power of two up to `most` that divides all of `numbers`.
+pub(crate) fn common_vector(most: usize, numbers: &[usize]) -> usize {
+    let mut vector = most;
+    while vector > 1 && numbers.iter().any(|n| !n.is_multiple_of(vector)) {
+        vector /= 2;
+    }
+    vector
+}

@@ -1,0 +1,7 @@
+//! The gated norm on Burn's CubeCL backends.
+
+mod backward;
+mod forward;
+mod launch;
+
+pub(crate) use launch::Norm;
