@@ -5,7 +5,13 @@
 //! once, to Parquet shards with a manifest; a [`Dataset`] opens them and hands out [`Batch`]es of windows
 //! through a [`Loader`]. Each step is a public function, and a program can enter or leave at any of them.
 //!
-//! Nothing here depends on a tensor library: batches are plain `Vec<f32>`.
+//! Nothing of this depends on a tensor library: batches are plain `Vec<f32>`. What is not needed everywhere is
+//! behind a feature:
+//!
+//! - `remote`: shard sets behind URLs, with a bounded local cache, and uploads of them;
+//! - `fetch`: downloads of public candles from Kaggle and Binance;
+//! - `burn`: the whole series on a device, batches gathered there (`flex`, `cuda`, `rocm`, `metal`, `vulkan`,
+//!   `wgpu` and `cpu` choose Burn's backend).
 //!
 //! ```
 //! use mamba_ssm_data::{Dataset, LoaderOptions, PrepareOptions, Split, WindowOptions, prepare};
@@ -33,6 +39,8 @@
 //! ```
 
 mod dataset;
+#[cfg(feature = "burn")]
+mod device;
 mod error;
 mod features;
 #[cfg(feature = "fetch")]
@@ -54,6 +62,8 @@ mod transform;
 mod windows;
 
 pub use dataset::Dataset;
+#[cfg(feature = "burn")]
+pub use device::{DeviceBatch, DeviceLoader, Resident};
 pub use error::{Error, Result};
 pub use features::{Feature, add_features};
 #[cfg(feature = "fetch")]

@@ -226,6 +226,19 @@ impl Loader {
     }
 }
 
+#[cfg(feature = "burn")]
+impl Loader {
+    /// Where the windows of the next batch begin; the batch counts as taken. For loaders without workers.
+    pub(crate) fn next_starts(&mut self) -> Option<Vec<u64>> {
+        if self.next >= self.plan.batches {
+            return None;
+        }
+        let starts = self.plan.starts_of(self.next).to_vec();
+        self.next += 1;
+        Some(starts)
+    }
+}
+
 impl Iterator for Loader {
     type Item = Result<Batch>;
 
@@ -256,11 +269,16 @@ impl Iterator for Loader {
 impl ExactSizeIterator for Loader {}
 
 impl BatchPlan {
+    /// Where the windows of a batch begin.
+    fn starts_of(&self, index: usize) -> &[u64] {
+        let from = index * self.batch;
+        &self.order[from..(from + self.batch).min(self.order.len())]
+    }
+
     /// Copies the windows of one batch.
     fn gather(&self, index: usize) -> Result<Batch> {
-        let from = index * self.batch;
-        let starts = &self.order[from..(from + self.batch).min(self.order.len())];
-        let later = &self.order[(from + starts.len()).min(self.order.len())..];
+        let starts = self.starts_of(index);
+        let later = &self.order[index * self.batch + starts.len()..];
         self.rows.announce(&later[..later.len().min(self.batch)]);
         let mut batch = Batch {
             batch: starts.len(),

@@ -1,6 +1,16 @@
 //! The crate as its users see it: files in, batches or errors out.
 
 mod bad_input;
+#[cfg(any(
+    feature = "flex",
+    feature = "cuda",
+    feature = "rocm",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "wgpu",
+    feature = "cpu"
+))]
+mod device;
 #[cfg(feature = "fetch")]
 mod fetching;
 mod other_readers;
