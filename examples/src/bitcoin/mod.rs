@@ -3,6 +3,7 @@
 mod compare;
 mod demo;
 mod evaluate;
+mod fetch;
 mod forecast;
 mod prepare;
 mod progress;
@@ -31,6 +32,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Downloads public candles, from Kaggle or from Binance.
+    Fetch(fetch::Args),
     /// Candles to normalised Parquet shards.
     Prepare(prepare::Args),
     /// Trains a model on prepared shards.
@@ -75,6 +78,7 @@ pub fn run<I: Into<OsString> + Clone>(args: impl IntoIterator<Item = I>) -> Resu
 fn execute(cli: Cli) -> Result<()> {
     match cli.command {
         None => demo::run(cli.minutes),
+        Some(Command::Fetch(args)) => fetch::run(&args),
         Some(Command::Prepare(args)) => prepare::run(&args),
         Some(Command::Train(args)) => train::run(&args),
         Some(Command::Evaluate(args)) => evaluate::run(&args),
