@@ -14,6 +14,7 @@ mod device;
 #[cfg(feature = "fetch")]
 mod fetching;
 mod other_readers;
+mod properties;
 #[cfg(feature = "remote")]
 mod remote;
 #[cfg(any(feature = "remote", feature = "fetch"))]
