@@ -316,7 +316,7 @@ impl Dataset {
 }
 
 /// Whether a text begins with a scheme of at least two letters: one letter is a drive.
-fn is_url(text: &str) -> bool {
+pub(crate) fn is_url(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| {
         scheme.len() > 1 && scheme.bytes().all(|b| b.is_ascii_alphanumeric())
     })

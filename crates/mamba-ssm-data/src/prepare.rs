@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::dataset::is_url;
 use crate::plan::Plan;
 use crate::shards::{GROUP_ROWS, Manifest, ShardWriter, Staging};
 use crate::source::{ReadOptions, Stream};
@@ -159,6 +160,15 @@ pub fn prepare_with(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Summary> {
     options.windows.validate()?;
+    if options.output.to_str().is_some_and(is_url) {
+        return Err(Error::InvalidOption {
+            option: "output",
+            reason: format!(
+                "{} is a URL; expected a folder of this machine, which `upload` (feature `remote`) copies there",
+                options.output.display()
+            ),
+        });
+    }
     let mut tell = |stage, done, total| match progress(Progress { stage, done, total }) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::Cancelled),

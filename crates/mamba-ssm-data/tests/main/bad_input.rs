@@ -278,6 +278,14 @@ fn an_unknown_split_is_empty_and_a_bad_batch_is_named() {
     );
 }
 
+#[test]
+fn a_url_as_output() {
+    let dir = folder();
+    let path = write(dir.path(), "c.csv", candles(100));
+    let error = prepare(&PrepareOptions::new(path, "s3://bucket/set")).unwrap_err();
+    has(&error.to_string(), &["s3://bucket/set", "upload"]);
+}
+
 #[cfg(not(feature = "remote"))]
 #[test]
 fn a_url_in_a_build_without_remote_sets() {
