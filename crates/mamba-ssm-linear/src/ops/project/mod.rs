@@ -1,8 +1,17 @@
 //! The token projection `y = x W + b`.
 
+mod autodiff;
+mod backend;
+#[cfg(feature = "cubecl")]
+mod cube;
+#[cfg(feature = "flex")]
+mod flex;
 mod reference;
 
+use burn::backend::Dispatch;
 use burn::tensor::Tensor;
+
+use backend::{Bias, ProjectBackend};
 
 /// Projects every token: `y = x W + b`.
 ///
@@ -13,9 +22,14 @@ use burn::tensor::Tensor;
 /// - `bias`: `[d_output]`.
 /// - returns `[.., d_output]`.
 ///
+/// All of one dtype; sums are taken in f32 (f64 for f64). Differentiable in all three: the backward
+/// pass keeps `x` and `weight`, splits the sum over tokens of the weight's gradient into slices that
+/// are computed side by side, and takes the bias's gradient in the same pass. Results do not vary from
+/// run to run on one device.
+///
 /// # Panics
 ///
-/// When the last axis of `x` is not `d_input`, or the bias is not `[d_output]`.
+/// When the last axis of `x` is not `d_input`, the bias is not `[d_output]`, or the dtypes differ.
 ///
 /// Source: `torch.nn.functional.linear`.
 ///
@@ -48,9 +62,63 @@ pub fn project<const D: usize>(
             "project: the bias must have the weight's d_output = {d_output} elements"
         );
     }
+    let dtypes = [
+        x.dtype(),
+        weight.dtype(),
+        bias.as_ref().map_or(weight.dtype(), Tensor::dtype),
+    ];
+    assert!(
+        dtypes.iter().all(|dtype| *dtype == dtypes[0]),
+        "project: x, weight and bias must have one dtype, not {dtypes:?}"
+    );
     let tokens = shape[..D - 1].iter().product::<usize>();
-    let y = reference::project(x.reshape([tokens, d_input]), weight, bias);
+    let x = x.reshape([tokens, d_input]).into_dispatch();
+    let bias = match bias {
+        None => Bias::Without,
+        Some(bias) => Bias::With(bias.into_dispatch()),
+    };
+    let y = Dispatch::project(x, weight.into_dispatch(), bias);
     let mut out = shape;
     out[D - 1] = d_output;
-    y.reshape(out)
+    Tensor::<2>::from_dispatch(y).reshape(out)
 }
+
+/// The gradient of `x` in [`project`]: `dy weight^T`, for operators that hold a projection and have a
+/// backward pass of their own.
+///
+/// `dy`: `[tokens, d_output]`; `weight`: `[d_input, d_output]`; returns `[tokens, d_input]`.
+///
+/// # Panics
+///
+/// When the widths do not fit together.
+pub fn input_gradient(dy: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    let ([_, width], [_, d_output]) = (dy.dims(), weight.dims());
+    assert_eq!(
+        width, d_output,
+        "input_gradient: dy must be as wide as the weight"
+    );
+    let (dy, weight) = (dy.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(Dispatch::project_input_gradient(dy, weight))
+}
+
+/// The gradients of the weight and the bias in [`project`]: `x^T dy` and the sum of `dy` over tokens, in
+/// one pass.
+///
+/// `x`: `[tokens, d_input]`; `dy`: `[tokens, d_output]`; returns `[d_input, d_output]` and `[d_output]`.
+///
+/// # Panics
+///
+/// When the numbers of tokens differ.
+pub fn parameter_gradients(x: Tensor<2>, dy: Tensor<2>) -> (Tensor<2>, Tensor<1>) {
+    let ([tokens, _], [rows, _]) = (x.dims(), dy.dims());
+    assert_eq!(
+        tokens, rows,
+        "parameter_gradients: x and dy must have as many tokens"
+    );
+    let (x, dy) = (x.into_dispatch(), dy.into_dispatch());
+    let (weight, bias) = Dispatch::project_parameter_gradients(x, dy);
+    (Tensor::from_dispatch(weight), Tensor::from_dispatch(bias))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,15 +1,45 @@
-//! The definition, in tensor operations.
+//! The definition, in the operations of any backend.
 
-use burn::tensor::Tensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, TensorMetadata};
+use burn::tensor::Shape;
+
+use super::backend::Bias;
 
 /// `x [tokens, d_input]`, `weight [d_input, d_output]`, `bias [d_output]` -> `[tokens, d_output]`.
 ///
 /// Two axes only: with a leading batch axis, Burn would compute one weight gradient per batch entry
 /// and sum them afterwards.
-pub(super) fn project(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
-    let y = x.matmul(weight);
+pub(crate) fn forward<B: Backend>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    bias: Bias<B>,
+) -> FloatTensor<B> {
+    let y = B::float_matmul(x, weight);
     match bias {
-        Some(bias) => y + bias.unsqueeze(),
-        None => y,
+        Bias::Without => y,
+        Bias::With(bias) => {
+            let width = bias.shape()[0];
+            B::float_add(y, B::float_reshape(bias, Shape::new([1, width])))
+        }
     }
+}
+
+/// `dy weight^T`: the gradient of `x`.
+pub(crate) fn input_gradient<B: Backend>(
+    dy: FloatTensor<B>,
+    weight: FloatTensor<B>,
+) -> FloatTensor<B> {
+    B::float_matmul(dy, B::float_transpose(weight))
+}
+
+/// `x^T dy`: the gradient of the weight.
+pub(crate) fn weight_gradient<B: Backend>(x: FloatTensor<B>, dy: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_matmul(B::float_transpose(x), dy)
+}
+
+/// The sum of `dy` over tokens: the gradient of the bias.
+pub(crate) fn bias_gradient<B: Backend>(dy: FloatTensor<B>) -> FloatTensor<B> {
+    let width = dy.shape()[1];
+    B::float_reshape(B::float_sum_dim(dy, 0), Shape::new([width]))
 }

@@ -1,0 +1,230 @@
+//! Sizes: of tiles, cubes and slices, from the shapes and what the device has.
+
+use burn::tensor::DType;
+use cubecl::features::{MmaConfig, Plane};
+use cubecl::ir::{ElemType, FloatKind};
+use cubecl::prelude::*;
+
+use super::common::SIDE;
+use super::matrix::MatrixPlan;
+use super::plain::{COLUMNS, DEPTH, PlainPlan, ROWS};
+
+/// Units of a cube, where the device has as many.
+const UNITS: usize = 256;
+
+/// Planes of a cube on matrix units.
+const PLANES: usize = 8;
+
+/// Most units of a plain cube in one direction: its tiles must fit shared memory everywhere.
+const MOST_UNITS: usize = 32;
+
+/// Fewest tokens of a slice.
+const SHORTEST_SLICE: usize = 256;
+
+/// Cubes per multiprocessor that a sum over tokens is split into.
+const CUBES_PER_MULTIPROCESSOR: usize = 2;
+
+/// Multiprocessors of a device that does not say.
+const MULTIPROCESSORS: usize = 8;
+
+/// `rows x inner` times `inner x columns`; of a sum over tokens `d_input x tokens x d_output`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Problem {
+    pub(super) rows: usize,
+    pub(super) inner: usize,
+    pub(super) columns: usize,
+    pub(super) transposed: bool,
+    pub(super) bias: bool,
+}
+
+/// Kernel and sizes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Plan {
+    Matrix(MatrixPlan),
+    Plain(PlainPlan),
+}
+
+impl Plan {
+    pub(super) fn tile_m(&self) -> usize {
+        match self {
+            Plan::Matrix(plan) => plan.tile_m(),
+            Plan::Plain(plan) => plan.tile_m(),
+        }
+    }
+
+    pub(super) fn tile_n(&self) -> usize {
+        match self {
+            Plan::Matrix(plan) => plan.tile_n(),
+            Plan::Plain(plan) => plan.tile_n(),
+        }
+    }
+
+    pub(super) fn depth(&self) -> usize {
+        match self {
+            Plan::Matrix(plan) => plan.depth,
+            Plan::Plain(_) => DEPTH,
+        }
+    }
+
+    pub(super) fn cube_dim(&self) -> CubeDim {
+        CubeDim::new_1d(match self {
+            Plan::Matrix(plan) => plan.units() as u32,
+            Plan::Plain(plan) => plan.units() as u32,
+        })
+    }
+}
+
+/// Sizes of a device's planes, if it has matrix units for a type.
+fn matrix_plane(client: &Client, dtype: DType) -> Option<usize> {
+    let kind = match dtype {
+        DType::BF16 => FloatKind::BF16,
+        DType::F16 => FloatKind::F16,
+        _ => return None,
+    };
+    let properties = client.properties();
+    let hardware = &properties.hardware;
+    let plane = hardware.plane_size_max as usize;
+    let usable = hardware.plane_size_min == hardware.plane_size_max
+        && plane <= 64
+        && hardware.max_units_per_cube as usize >= PLANES * plane;
+    let has_units = properties.features.matmul.cmma.contains(&MmaConfig {
+        a_type: ElemType::Float(kind),
+        b_type: ElemType::Float(kind),
+        cd_type: ElemType::Float(FloatKind::F32),
+        m: SIDE as u32,
+        n: SIDE as u32,
+        k: SIDE as u32,
+    });
+    (usable && has_units).then_some(plane)
+}
+
+/// Planes for `blocks` blocks of which each takes `frags`, at most `most`.
+fn planes(blocks: usize, frags: usize, most: usize) -> usize {
+    blocks.div_ceil(frags).next_power_of_two().min(most)
+}
+
+/// The four numbers of an environment variable, to try sizes out.
+fn wished(name: &str) -> Option<[usize; 5]> {
+    let text = std::env::var(name).ok()?;
+    let numbers: Vec<usize> = text.split('x').filter_map(|n| n.parse().ok()).collect();
+    numbers.try_into().ok()
+}
+
+impl Problem {
+    /// Sizes for a product whose rows are tokens.
+    pub(super) fn product(&self, client: &Client, dtype: DType, vectors: [usize; 3]) -> Plan {
+        let Some(plane) = matrix_plane(client, dtype) else {
+            return Plan::Plain(self.plain(client, 16, vectors));
+        };
+        let blocks_n = self.columns.div_ceil(SIDE);
+        let planes_n = blocks_n.min(2);
+        // The widest tile among those that leave the fewest columns idle.
+        let frags_n = (1..=4)
+            .map(|frags| {
+                (
+                    blocks_n.div_ceil(planes_n * frags) * frags,
+                    4 - frags,
+                    frags,
+                )
+            })
+            .min()
+            .map_or(1, |(_, _, frags)| frags);
+        let mut plan = MatrixPlan {
+            planes_m: 4,
+            planes_n,
+            plane,
+            frags_m: if self.rows <= 4096 { 1 } else { 2 },
+            frags_n,
+            depth: if self.inner <= SIDE {
+                SIDE
+            } else if self.inner <= 2 * SIDE {
+                2 * SIDE
+            } else {
+                4 * SIDE
+            },
+            vectors,
+            transposed: self.transposed,
+            bias: self.bias,
+            sync_plane: client.properties().features.plane.contains(Plane::Sync),
+        };
+        if let Some([planes_m, planes_n, frags_m, frags_n, depth]) = wished("MAMBA_PRODUCT") {
+            plan = MatrixPlan {
+                planes_m,
+                planes_n,
+                frags_m,
+                frags_n,
+                depth,
+                ..plan
+            };
+        }
+        Plan::Matrix(plan)
+    }
+
+    /// Sizes for a sum over tokens; rows are those of the weight.
+    pub(super) fn outer(&self, client: &Client, dtype: DType, vectors: [usize; 3]) -> Plan {
+        let Some(plane) = matrix_plane(client, dtype) else {
+            let units_n = if self.rows <= 64 { 32 } else { 16 };
+            return Plan::Plain(self.plain(client, units_n, vectors));
+        };
+        let (blocks_m, blocks_n) = (self.rows.div_ceil(SIDE), self.columns.div_ceil(SIDE));
+        let (frags_m, frags_n) = (blocks_m.min(2), blocks_n.min(2));
+        let planes_m = planes(blocks_m, frags_m, 4);
+        let mut plan = MatrixPlan {
+            planes_m,
+            planes_n: planes(blocks_n, frags_n, PLANES / planes_m),
+            plane,
+            frags_m,
+            frags_n,
+            depth: 4 * SIDE,
+            vectors,
+            transposed: false,
+            bias: self.bias,
+            sync_plane: client.properties().features.plane.contains(Plane::Sync),
+        };
+        if let Some([planes_m, planes_n, frags_m, frags_n, depth]) = wished("MAMBA_OUTER") {
+            plan = MatrixPlan {
+                planes_m,
+                planes_n,
+                frags_m,
+                frags_n,
+                depth,
+                ..plan
+            };
+        }
+        Plan::Matrix(plan)
+    }
+
+    fn plain(&self, client: &Client, most_n: usize, vectors: [usize; 3]) -> PlainPlan {
+        let most = (client.properties().hardware.max_units_per_cube as usize).min(UNITS);
+        // A power of two, so that the shares of a tile come out even.
+        let most = 1 << most.max(1).ilog2();
+        let units_n = planes(self.columns, COLUMNS, most_n.min(most));
+        let units_m = planes(self.rows, ROWS, MOST_UNITS.min(most / units_n));
+        PlainPlan {
+            units_m,
+            units_n,
+            vectors,
+            transposed: self.transposed,
+            bias: self.bias,
+        }
+    }
+
+    /// Tokens of a slice and number of slices, for a sum in `tiles` tiles.
+    pub(super) fn slices(&self, client: &Client, plan: &Plan, tiles: usize) -> (usize, usize) {
+        let hardware = &client.properties().hardware;
+        let multiprocessors = hardware
+            .num_streaming_multiprocessors
+            .map_or(MULTIPROCESSORS, |n| n as usize);
+        let per = std::env::var("MAMBA_SLICES")
+            .ok()
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(CUBES_PER_MULTIPROCESSOR);
+        let wanted = (per * multiprocessors / tiles).max(1);
+        let slice = self
+            .inner
+            .div_ceil(wanted)
+            .max(SHORTEST_SLICE)
+            .next_multiple_of(plan.depth());
+        (slice, self.inner.div_ceil(slice))
+    }
+}
