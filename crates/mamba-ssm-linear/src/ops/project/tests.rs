@@ -248,7 +248,11 @@ fn many_slices_equal_the_loops() {
 #[test]
 fn weights_past_the_kernels_limit_equal_the_loops() {
     for (name, device) in devices() {
-        Problem::new([3, 513, 520], true, DType::F32).check(name, &device, DType::F32);
+        // Burn tunes its products there for a minute.
+        if name == "cpu" {
+            continue;
+        }
+        Problem::new([40, 513, 520], true, DType::F32).check(name, &device, DType::F32);
     }
 }
 
@@ -285,7 +289,7 @@ fn gradients_are_the_differences_of_the_loss() {
 fn two_runs_are_equal_to_the_last_bit() {
     for (name, device) in devices() {
         for dtype in [DType::F32, DType::BF16] {
-            let problem = Problem::new([5000, 64, 72], true, dtype);
+            let problem = Problem::new([1500, 24, 40], true, dtype);
             let first = problem.run(&device, dtype);
             assert!(first == problem.run(&device, dtype), "{name} {dtype:?}");
         }
