@@ -2,6 +2,12 @@
 //!
 //! Rows come and go in z-score space, `[rows, features]`. `Close` anchors the prices; any other feature is
 //! anchored on its own last value.
+//!
+//! Of a feature that its anchor settles, an anchored target asks nothing: its forecast is the anchor. The open
+//! of a candle is the close before it but for a few cents, and those are noise: a network's answer, however
+//! small, adds an error several times theirs. Which features are settled is measured on the training rows, the
+//! newest tenth of them, because markets change: in the first months of BTC/USDT a gap between close and open
+//! was nearly as large as a minute's move, later a fiftieth of it.
 
 use mamba_ssm_data::{Dataset, FeatureStats, Scale, Transform};
 use serde::{Deserialize, Serialize};
@@ -31,6 +37,8 @@ pub struct Encoder {
     anchors: Vec<Anchor>,
     /// Root mean square of the changes in the training rows, z-score units.
     steps: Vec<f32>,
+    /// Which features the anchor settles: forecast as the anchor, whatever the network answers.
+    settled: Vec<bool>,
     /// Where high, low and close stand, if they are all there.
     candle: Option<Candle>,
 }
@@ -55,13 +63,16 @@ struct Candle {
 const LARGEST_CHANGE: f32 = 8.0;
 /// Keeps the logarithm of a candle without range finite, in steps.
 const SMALLEST_RANGE: f32 = 0.02;
+/// A feature is settled if its anchor leaves at most this share of the variance of the feature's own moves.
+const SETTLED: f64 = 0.01;
 /// Sine and cosine of the time of day and of the week.
 const CLOCK: usize = 4;
 /// Logarithms of the range and of the size of the last change of the close.
 const SIZES: usize = 2;
 
 impl Encoder {
-    /// The encoder of a target for a prepared data set; step sizes come from its training rows.
+    /// The encoder of a target for a prepared data set; step sizes and settled features come from its
+    /// training rows.
     ///
     /// # Errors
     ///
@@ -93,35 +104,34 @@ impl Encoder {
             target,
             anchors,
             steps: vec![1.0; features.len()],
+            settled: vec![false; features.len()],
             candle,
         }
     }
 
     fn measure_steps(&mut self, data: &Dataset) -> Result<()> {
         let rows = data.rows()?;
-        let mut squares = vec![0.0_f64; self.width()];
-        let mut count = 0_u64;
-        for t in data.fitted_rows().skip(1) {
+        let fitted = data.fitted_rows();
+        let newest = fitted.end - fitted.len().div_ceil(10);
+        let (mut all, mut recent) = (Moves::new(self.width()), Moves::new(self.width()));
+        for t in fitted.skip(1) {
             let whole = rows.valid[t - 1] && rows.valid[t];
             if !whole || rows.timestamps[t] - rows.timestamps[t - 1] != MINUTE {
                 continue;
             }
-            count += 1;
-            let (before, row) = (rows.row(t - 1), rows.row(t));
-            for (feature, sum) in squares.iter_mut().enumerate() {
-                *sum += f64::from(row[feature] - self.anchor(feature, before)).powi(2);
+            all.add(self, rows.row(t - 1), rows.row(t));
+            if t >= newest {
+                recent.add(self, rows.row(t - 1), rows.row(t));
             }
         }
-        if count == 0 {
+        if all.count == 0 {
             return Err(Error::Usage(
                 "no two training rows follow each other by a minute: step sizes cannot be measured"
                     .to_owned(),
             ));
         }
-        for (step, sum) in self.steps.iter_mut().zip(squares) {
-            // A feature that never moves keeps a step of its own: nothing is divided by zero.
-            *step = ((sum / count as f64).sqrt() as f32).max(1e-6);
-        }
+        self.steps = all.steps();
+        self.settled = recent.settled();
         Ok(())
     }
 
@@ -192,6 +202,7 @@ impl Encoder {
     }
 
     /// What the network should answer at each position of a window but the last: `[rows - 1, features]`.
+    /// Nothing, that is zero, for a settled feature.
     pub fn targets(&self, rows: &[f32]) -> Vec<f32> {
         let width = self.width();
         let next = rows.chunks_exact(width).skip(1);
@@ -200,6 +211,7 @@ impl Encoder {
             .flat_map(|(row, next)| (0..width).map(move |f| (row, next, f)))
             .map(|(row, next, f)| match self.target {
                 Target::Level => next[f],
+                Target::Anchored if self.settled[f] => 0.0,
                 Target::Anchored => (next[f] - self.anchor(f, row)) / self.steps[f],
             })
             .collect()
@@ -212,7 +224,10 @@ impl Encoder {
             Target::Anchored => answer
                 .iter()
                 .enumerate()
-                .map(|(f, change)| self.anchor(f, row) + change * self.steps[f])
+                .map(|(f, change)| match self.settled[f] {
+                    true => self.anchor(f, row),
+                    false => self.anchor(f, row) + change * self.steps[f],
+                })
                 .collect(),
         }
     }
@@ -235,6 +250,47 @@ impl Anchor {
     }
 }
 
+/// Sums over pairs of neighbouring rows, per feature.
+struct Moves {
+    count: u64,
+    /// Squares of what the anchor missed.
+    missed: Vec<f64>,
+    /// Squares of the feature's own moves.
+    moved: Vec<f64>,
+}
+
+impl Moves {
+    fn new(width: usize) -> Self {
+        Self {
+            count: 0,
+            missed: vec![0.0; width],
+            moved: vec![0.0; width],
+        }
+    }
+
+    fn add(&mut self, encoder: &Encoder, before: &[f32], row: &[f32]) {
+        self.count += 1;
+        for (feature, z) in row.iter().enumerate() {
+            self.missed[feature] += f64::from(z - encoder.anchor(feature, before)).powi(2);
+            self.moved[feature] += f64::from(z - before[feature]).powi(2);
+        }
+    }
+
+    fn steps(&self) -> Vec<f32> {
+        let step = |sum: &f64| (sum / self.count as f64).sqrt() as f32;
+        // A feature that never moves keeps a step of its own: nothing is divided by zero.
+        self.missed.iter().map(|sum| step(sum).max(1e-6)).collect()
+    }
+
+    /// Without a pair of rows nothing is known, so nothing is settled.
+    fn settled(&self) -> Vec<bool> {
+        let pairs = self.missed.iter().zip(&self.moved);
+        pairs
+            .map(|(missed, moved)| self.count > 0 && *missed <= SETTLED * moved)
+            .collect()
+    }
+}
+
 /// A price is anchored on the close, seen through both features' statistics.
 fn anchor(index: usize, feature: &FeatureStats, close: usize, of: &FeatureStats) -> Anchor {
     let is_price = ["Open", "High", "Low", "Close"].contains(&feature.name.as_str());
@@ -254,13 +310,18 @@ mod tests {
     use mamba_ssm_data::{RawSeries, Schema, WindowOptions};
 
     fn dataset() -> Dataset {
+        dataset_with(|close| close.iter().map(|c| c + 0.3).collect())
+    }
+
+    /// Opens are made from the closes.
+    fn dataset_with(open: impl Fn(&[f64]) -> Vec<f64>) -> Dataset {
         let close: Vec<f64> = (0..400)
             .map(|i| 100.0 + f64::from((i * 37) % 11) + 0.1 * f64::from(i % 5))
             .collect();
         let shifted = |by: f64| close.iter().map(|c| c + by).collect::<Vec<_>>();
         let volume = (0..400).map(|i| f64::from((i * 13) % 7)).collect();
         let columns = vec![
-            shifted(0.3),
+            open(&close),
             shifted(2.0),
             shifted(-1.5),
             close.clone(),
@@ -292,6 +353,42 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn an_open_that_is_the_last_close_but_for_cents_is_settled_and_nothing_is_asked_of_it() {
+        let cents = |i: usize| 0.02 * ((i * 7) % 5) as f64;
+        let after_close = |close: &[f64]| -> Vec<f64> {
+            let last = |i: usize| close[i.saturating_sub(1)];
+            (0..close.len()).map(|i| last(i) + cents(i)).collect()
+        };
+        let data = dataset_with(after_close);
+        let rows = data.rows().unwrap();
+        let encoder = Encoder::fit(Target::Anchored, &data).unwrap();
+        assert_eq!(encoder.settled, [true, false, false, false, false]);
+        assert!(
+            encoder
+                .targets(&rows.values[..16 * 5])
+                .iter()
+                .step_by(5)
+                .all(|open| *open == 0.0)
+        );
+        assert_eq!(
+            encoder.decode(rows.row(7), &[9.0, 0.0, 0.0, 0.0, 0.0]),
+            encoder.decode(rows.row(7), &[0.0; 5])
+        );
+        // The newest tenth decides (training rows are the first 304): noise of older days does not count.
+        let noisy_once = |close: &[f64]| {
+            let mut open = after_close(close);
+            open[..200].iter_mut().step_by(2).for_each(|o| *o += 5.0);
+            open
+        };
+        let old_noise = Encoder::fit(Target::Anchored, &dataset_with(noisy_once)).unwrap();
+        assert!(old_noise.settled[0]);
+        assert!(old_noise.steps[0] > 10.0 * encoder.steps[0]);
+        // An open with a life of its own is asked for.
+        let own = Encoder::fit(Target::Anchored, &dataset()).unwrap();
+        assert_eq!(own.settled, [false; 5]);
     }
 
     #[test]

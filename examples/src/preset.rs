@@ -50,8 +50,8 @@ impl Preset {
 
 /// Open, High, Low, Close at full weight, Volume at a quarter.
 const NOTE_WEIGHTS: [f32; 5] = [1.0, 1.0, 1.0, 1.0, 0.25];
-/// Open is the last close, so there is nothing to learn; noise in Close must not drown the ranges.
-const ANCHORED_WEIGHTS: [f32; 5] = [0.05, 1.0, 1.0, 0.25, 1.0];
+/// Opens and closes are next to unpredictable; their noise must not drown the ranges.
+const ANCHORED_WEIGHTS: [f32; 5] = [0.25, 1.0, 1.0, 0.25, 1.0];
 
 fn note(kind: Kind) -> RunConfig {
     let (lr, weight_decay) = match kind {

@@ -3,7 +3,7 @@
 //! printed reason.
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use mamba_ssm_core::{SkipWeight, SsdInput, SsdOptions, ssd};
+use mamba_ssm_core::{Checkpoint, Mamba2, Mamba2Config, SkipWeight, SsdInput, SsdOptions, ssd};
 
 use crate::support::{normal, relative_l2, uniform, values};
 
@@ -249,6 +249,36 @@ fn ssd_of_a_long_sequence_in_segments() {
     });
 }
 
+/// Small steps, so that what one chunk leaves still counts several chunks later.
+#[test]
+fn ssd_that_remembers() {
+    for length in [70, 200] {
+        let shape = Shape {
+            batch: 2,
+            length,
+            heads: 4,
+            headdim: 8,
+            groups: 1,
+            state: 16,
+        };
+        for (device, dtypes) in devices() {
+            for dtype in dtypes {
+                Device::flex().seed(7);
+                let input = operands(shape, dtype);
+                let dt_bias = input.dt_bias.clone().map(|bias| bias - 5.0);
+                let input = SsdInput { dt_bias, ..input };
+                check(
+                    &input,
+                    &SsdOptions::default(),
+                    &format!("{shape:?}"),
+                    dtype,
+                    &device,
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn ssd_of_odd_sizes() {
     check_everywhere(Shape {
@@ -336,4 +366,85 @@ fn ssd_without_what_it_may_lack() {
             check(&positive, &plain, "no softplus", dtype, &device);
         }
     }
+}
+
+/// Output and gradients of a Mamba-2 layer, f32.
+fn run_layer(layer: &Mamba2, x: &Tensor<3>, device: &Device) -> Vec<(String, Vec<f64>)> {
+    let device = device.clone().autodiff();
+    let mut own = layer.config.init(&device);
+    own.load_state_dict("", &layer.state_dict(""))
+        .expect("the same architecture");
+    let x = leaf(x, &device, FloatDType::F32);
+    let y = own.forward(x.clone());
+    // Drawn here and not before the layer: only the layers' own draws differ between devices.
+    Device::flex().seed(6);
+    let weights = normal(y.dims(), &Device::flex());
+    let weights = Tensor::from_data(weights.to_data_dtype(DType::F32), (&device, DType::F32));
+    let mut found = vec![("y".to_string(), values(&y))];
+    let grads = (y * weights).sum().backward();
+    found.push(("dx".into(), values(&x.grad(&grads).expect("dx"))));
+    for (name, tensor) in own.gradient_dict("", &grads).iter() {
+        let gradient = tensor
+            .values
+            .iter()
+            .map(|value| f64::from(*value))
+            .collect();
+        found.push((format!("d {name}"), gradient));
+    }
+    found
+}
+
+#[test]
+fn layers_with_their_inner_block_as_one_operator() {
+    let configs = [
+        (Mamba2Config::new(16).with_d_state(16).with_headdim(8), 70),
+        (
+            Mamba2Config::new(32)
+                .with_d_state(32)
+                .with_headdim(16)
+                .with_ngroups(2),
+            131,
+        ),
+        (
+            Mamba2Config::new(8)
+                .with_d_state(8)
+                .with_headdim(4)
+                .with_d_has_hdim(true),
+            3,
+        ),
+        (
+            Mamba2Config::new(8)
+                .with_d_state(8)
+                .with_headdim(16)
+                .with_conv_bias(false)
+                .with_norm_before_gate(true)
+                .with_bias(true),
+            65,
+        ),
+    ];
+    for (device, _) in devices() {
+        for (config, length) in &configs {
+            let flex = Device::flex();
+            flex.seed(5);
+            let layer = config.init(&flex);
+            let x = normal([2, *length, config.d_model], &flex);
+            let expected = run_layer(&layer, &x, &flex);
+            let found = run_layer(&layer, &x, &device);
+            let what = format!("{config:?} on {device:?}");
+            assert_eq!(found.len(), expected.len());
+            compare(
+                &what,
+                &borrowed(&found),
+                &borrowed(&expected),
+                FloatDType::F32,
+            );
+        }
+    }
+}
+
+fn borrowed(results: &[(String, Vec<f64>)]) -> Vec<(&str, Vec<f64>)> {
+    results
+        .iter()
+        .map(|(name, values)| (name.as_str(), values.clone()))
+        .collect()
 }

@@ -8,7 +8,11 @@ use crate::checkpoint::{Checkpoint, Parameters};
 use crate::error::{ConfigError, at_least_one, divisible, positive_range};
 use crate::ops::causal_conv1d::{ConvInput, causal_conv1d};
 use crate::ops::gated_rms_norm::{GatedNormInput, GatedNormOptions, gated_rms_norm};
+use crate::ops::mamba2_inner::{self, InnerInput, InnerSpec, mamba2_inner};
 use crate::ops::ssd::{SkipWeight, SsdInput, SsdOptions, ssd};
+
+/// Of the gated norm, as in the official layer.
+const NORM_EPS: f64 = 1e-5;
 
 /// Configuration of a [`Mamba2`] layer; names and defaults are those of `mamba_ssm.Mamba2`.
 ///
@@ -207,7 +211,46 @@ impl Mamba2 {
     ///
     /// When the last axis is not `d_model`, or the length is zero.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.run(x, None).0
+        let zxbcdt = self.in_proj.forward(x);
+        match &self.norm_weight {
+            Some(norm) if mamba2_inner::is_native(&zxbcdt) => {
+                self.out_proj.forward(self.inner(zxbcdt, norm.val()))
+            }
+            _ => self.run(zxbcdt, None).0,
+        }
+    }
+
+    /// What stands between the projections, as one operator.
+    fn inner(&self, zxbcdt: Tensor<3>, norm_weight: Tensor<1>) -> Tensor<3> {
+        let c = &self.config;
+        let spec = InnerSpec {
+            heads: c.nheads(),
+            headdim: c.headdim,
+            groups: c.ngroups,
+            state: c.d_state,
+            eps: NORM_EPS,
+            norm_before_gate: c.norm_before_gate,
+            dt_limit: self.dt_limit(),
+        };
+        let input = InnerInput {
+            zxbcdt,
+            conv_weight: self.conv_weight.val(),
+            conv_bias: self.conv_bias.as_ref().map(Param::val),
+            dt_bias: self.dt_bias.val(),
+            a: self.a_log.val().exp().neg(),
+            d: match self.skip() {
+                SkipWeight::PerHead(d) => {
+                    d.reshape([c.nheads(), 1]).expand([c.nheads(), c.headdim])
+                }
+                SkipWeight::PerChannel(d) => d,
+            },
+            norm_weight,
+        };
+        mamba2_inner(input, spec)
+    }
+
+    fn dt_limit(&self) -> (f64, f64) {
+        self.config.dt_limit.unwrap_or((0.0, f64::INFINITY))
     }
 
     /// A sequence from a carried state: `[batch, length, d_model]` to the same shape, and the state
@@ -217,7 +260,7 @@ impl Mamba2 {
     ///
     /// As [`forward`](Self::forward), and when the state has another batch size.
     pub fn forward_from(&self, x: Tensor<3>, state: Mamba2State) -> (Tensor<3>, Mamba2State) {
-        self.run(x, Some(state))
+        self.run(self.in_proj.forward(x), Some(state))
     }
 
     /// One token: `[batch, d_model]` to the same shape, and the state after it.
@@ -226,17 +269,17 @@ impl Mamba2 {
     ///
     /// As [`forward_from`](Self::forward_from).
     pub fn step(&self, x: Tensor<2>, state: Mamba2State) -> (Tensor<2>, Mamba2State) {
-        let (y, state) = self.run(x.unsqueeze_dim(1), Some(state));
+        let (y, state) = self.forward_from(x.unsqueeze_dim(1), state);
         (y.squeeze_dim(1), state)
     }
 
-    fn run(&self, x: Tensor<3>, state: Option<Mamba2State>) -> (Tensor<3>, Mamba2State) {
+    /// From the projection's output.
+    fn run(&self, zxbcdt: Tensor<3>, state: Option<Mamba2State>) -> (Tensor<3>, Mamba2State) {
         let c = &self.config;
-        let [batch, length, _] = x.dims();
+        let [batch, length, _] = zxbcdt.dims();
         let (d_inner, nheads, bc) = (c.d_inner(), c.nheads(), c.ngroups * c.d_state);
         let (conv, ssm) = state.map(|s| (s.conv, s.ssm)).unzip();
 
-        let zxbcdt = self.in_proj.forward(x);
         let part = |start, size| zxbcdt.clone().narrow(2, start, size);
         let z = part(0, d_inner);
         let convolved = causal_conv1d(ConvInput {
@@ -264,7 +307,7 @@ impl Mamba2 {
             &SsdOptions {
                 chunk_size: c.chunk_size,
                 dt_softplus: true,
-                dt_limit: c.dt_limit.unwrap_or((0.0, f64::INFINITY)),
+                dt_limit: self.dt_limit(),
             },
         );
         let y = self.close(scanned.y.reshape([batch, length, d_inner]), z);
@@ -297,7 +340,7 @@ impl Mamba2 {
                 weight: weight.val(),
             },
             &GatedNormOptions {
-                eps: 1e-5,
+                eps: NORM_EPS,
                 group_size: Some(c.d_inner() / c.ngroups),
                 norm_before_gate: c.norm_before_gate,
             },

@@ -4,6 +4,7 @@
 
 pub mod causal_conv1d;
 pub mod gated_rms_norm;
+pub(crate) mod mamba2_inner;
 pub mod selective_scan;
 pub mod ssd;
 

@@ -81,6 +81,7 @@ impl Server {
     }
 
     /// How often something was asked for whose path contains this.
+    #[cfg(feature = "remote")]
     pub fn asked(&self, part: &str) -> usize {
         self.requests()
             .iter()

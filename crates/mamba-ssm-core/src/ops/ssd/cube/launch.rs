@@ -22,13 +22,13 @@ const SHORTEST: usize = 16;
 const ENOUGH_CUBES: usize = 512;
 
 /// Room for the states before the chunks, whatever chunk the device's plan will have.
-pub(in crate::ops::ssd) fn states_shape(x: [usize; 4], b: [usize; 4]) -> [usize; 1] {
+pub(crate) fn states_shape(x: [usize; 4], b: [usize; 4]) -> [usize; 1] {
     let [batch, length, heads, headdim] = x;
     [batch * length.div_ceil(SHORTEST) * heads * headdim * b[3]]
 }
 
 /// States between chunks are kept in the type of the operands; f16 has not the range.
-pub(in crate::ops::ssd) fn states_dtype(x: DType) -> DType {
+pub(crate) fn states_dtype(x: DType) -> DType {
     match x {
         DType::BF16 => DType::BF16,
         _ => DType::F32,

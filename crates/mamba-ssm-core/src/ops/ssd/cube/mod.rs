@@ -19,8 +19,7 @@ use burn_cubecl::CubeBackend;
 use super::backend::{Forward, Gradients, Operands, Spec, SsdBackend};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::{as_f32, empty_like};
-pub(crate) use launch::{Destinations, ParameterGradients, Scan, backward, forward};
-pub(super) use launch::{states_dtype, states_shape};
+pub(crate) use launch::{Destinations, Scan, backward, forward, states_dtype, states_shape};
 pub(crate) use plan::Sizes;
 
 fn scan(operands: Operands<CubeBackend>, spec: Spec) -> Scan {

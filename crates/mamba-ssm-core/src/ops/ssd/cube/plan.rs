@@ -151,8 +151,8 @@ impl Plan {
 
     /// `X Y^T` of one head, tokens by tokens.
     pub(super) fn pairs(&self) -> Product {
-        let x = Lie::rows(self.stride_x());
-        let y = Lie::transposed(self.stride_x());
+        let x = Lie::rows(self.stride_x()).batched(self.headdim_padded());
+        let y = Lie::transposed(self.stride_x()).batched(self.headdim_padded());
         self.product(self.chunk, self.chunk, self.headdim_padded(), x, y)
     }
 
@@ -215,16 +215,30 @@ pub(super) fn plan(
 ) -> Option<Plan> {
     let team = Team::new(client, 256, tile);
     let hardware = &client.properties().hardware;
-    // On a CPU shared memory is plain memory; what the runtime reports there is its first cache.
-    let memory = match hardware.plane_size_max {
-        1 => usize::MAX,
-        _ => hardware.max_shared_memory_size,
+    // On a CPU shared memory is plain memory; what the runtime reports there is its first cache, and
+    // short chunks stay in it.
+    let cpu = hardware.plane_size_max == 1;
+    let memory = if cpu {
+        usize::MAX
+    } else {
+        hardware.max_shared_memory_size
     };
     let padded = sizes.headdim.next_multiple_of(SIDE);
     // About 64 channels to a tile: heads enough to fill it that divide a group.
     let wanted = (64 / padded).max(1).min(sizes.heads_per_group());
-    let candidates = [(64, wanted), (64, 1), (32, wanted), (32, 1), (16, 1)];
+    let candidates = [
+        (64, wanted),
+        (64, 1),
+        (32, wanted),
+        (32, 1),
+        (16, wanted),
+        (16, 1),
+    ];
+    let longest = if cpu { 16 } else { 64 };
     candidates.into_iter().find_map(|(chunk, heads)| {
+        if chunk > longest {
+            return None;
+        }
         let heads = (1..=heads)
             .rev()
             .find(|n| sizes.heads_per_group().is_multiple_of(*n))?;
