@@ -1,0 +1,284 @@
+//! The state-space operators, the projections and the layers: forward, and forward with backward.
+//!
+//! `cargo bench -p benches --bench operators` on the CPU; `-- ssd` picks one group. With
+//! `--no-default-features --features cuda` (or another device) the full sizes run, in bf16 where the
+//! device has it.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use burn::module::Module;
+use burn::tensor::{DType, Device, Distribution, Tensor};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
+use mamba_ssm_core::{
+    ConvInput, GatedNormInput, GatedNormOptions, Mamba1Config, Mamba2, Mamba2Config, ScanInput,
+    ScanOptions, SsdInput, SsdOptions, causal_conv1d, gated_rms_norm, selective_scan, ssd,
+};
+use mamba_ssm_linear::project;
+
+/// Whether the default device is an accelerator: large sizes would take minutes on a CPU.
+const ACCELERATOR: bool = cfg!(not(any(feature = "flex", feature = "cpu")));
+
+/// bf16 on an accelerator that has it, else f32.
+fn dtype(device: &Device) -> DType {
+    if ACCELERATOR && device.supports_dtype(DType::BF16) {
+        DType::BF16
+    } else {
+        DType::F32
+    }
+}
+
+/// Waits for the device, so that a timing is of the work and not of its submission.
+fn finish(device: &Device) {
+    device.sync().expect("the device works");
+}
+
+fn draw<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::<D>::random(shape, Distribution::Normal(0.0, 1.0), device)
+        .cast(dtype(device))
+        .require_grad()
+}
+
+fn small<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Uniform(-3.0, -0.5), device).require_grad()
+}
+
+/// Times `run` on plain tensors, and with its gradients on tracked ones. `inputs` draws what is passed.
+///
+/// Calls are queued one behind the other and waited for together, as in the stack of a model: what a
+/// call costs the device, or the host where that is slower.
+fn both<I: Clone, const D: usize>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    inputs: impl Fn(&Device) -> I,
+    run: impl Fn(I) -> Tensor<D>,
+) {
+    let device = Device::default();
+    let tracked = device.clone().autodiff();
+    let plain = inputs(&device);
+    group.bench_function(format!("{name}/forward"), |bench| {
+        bench.iter_custom(|calls| queue(&device, calls, || run(plain.clone())));
+    });
+    let leaves = inputs(&tracked);
+    let dims = run(plain).dims();
+    group.bench_function(format!("{name}/forward and backward"), |bench| {
+        bench.iter_custom(|calls| queue(&device, calls, || pull(run(leaves.clone()), dims)));
+    });
+}
+
+/// The gradients of `sum(y)`.
+fn pull<const D: usize>(y: Tensor<D>, dims: [usize; D]) -> burn::tensor::Gradients {
+    debug_assert_eq!(y.dims(), dims);
+    y.sum().backward()
+}
+
+/// The time of `calls` runs of `work`, all of them finished.
+fn queue<T>(device: &Device, calls: u64, work: impl Fn() -> T) -> Duration {
+    finish(device);
+    let start = Instant::now();
+    for _ in 0..calls {
+        black_box(work());
+    }
+    finish(device);
+    start.elapsed()
+}
+
+/// Batch, length, heads, headdim, groups, state.
+fn ssd_shapes() -> Vec<[usize; 6]> {
+    if ACCELERATOR {
+        vec![
+            [32, 2048, 16, 16, 1, 64],
+            [8, 4096, 32, 64, 1, 128],
+            [1, 65536, 32, 64, 1, 128],
+        ]
+    } else {
+        vec![[2, 2048, 16, 16, 1, 64], [2, 256, 8, 64, 1, 64]]
+    }
+}
+
+fn ssd_group(c: &mut Criterion) {
+    let mut group = c.benchmark_group("ssd");
+    for [b, l, h, p, g, n] in ssd_shapes() {
+        let name = format!("B{b} L{l} H{h} P{p} G{g} N{n}");
+        let inputs = |device: &Device| SsdInput {
+            x: draw([b, l, h, p], device),
+            dt: draw([b, l, h], device),
+            a: small([h], device),
+            b: draw([b, l, g, n], device),
+            c: draw([b, l, g, n], device),
+            d: Some(draw([h], device).into()),
+            z: None,
+            dt_bias: Some(small([h], device)),
+            initial_state: None,
+        };
+        both(&mut group, &name, inputs, |input| {
+            ssd(input, &SsdOptions::default()).y
+        });
+    }
+    group.finish();
+}
+
+fn scan_group(c: &mut Criterion) {
+    let shapes: Vec<[usize; 4]> = if ACCELERATOR {
+        vec![
+            [8, 2048, 2048, 16],
+            [8, 2048, 8192, 16],
+            [32, 256, 2048, 16],
+        ]
+    } else {
+        vec![[2, 512, 256, 16]]
+    };
+    let mut group = c.benchmark_group("selective_scan");
+    for [b, d, l, n] in shapes {
+        let name = format!("B{b} D{d} L{l} N{n}");
+        let inputs = |device: &Device| ScanInput {
+            u: draw([b, d, l], device),
+            delta: draw([b, d, l], device),
+            a: small([d, n], device),
+            b: draw([b, 1, n, l], device),
+            c: draw([b, 1, n, l], device),
+            d: Some(draw([d], device)),
+            z: Some(draw([b, d, l], device)),
+            delta_bias: Some(small([d], device)),
+            initial_state: None,
+        };
+        both(&mut group, &name, inputs, |input| {
+            selective_scan(input, &ScanOptions::default()).y
+        });
+    }
+    group.finish();
+}
+
+fn conv_group(c: &mut Criterion) {
+    let [b, l, channels, width] = if ACCELERATOR {
+        [32, 2048, 384, 4]
+    } else {
+        [2, 2048, 384, 4]
+    };
+    let mut group = c.benchmark_group("causal_conv1d");
+    let inputs = |device: &Device| ConvInput {
+        x: draw([b, l, channels], device),
+        weight: draw([channels, width], device),
+        bias: Some(draw([channels], device)),
+        initial_state: None,
+        activation: true,
+    };
+    let name = format!("B{b} C{channels} L{l} W{width}");
+    both(&mut group, &name, inputs, |input| causal_conv1d(input).y);
+    group.finish();
+}
+
+fn norm_group(c: &mut Criterion) {
+    let [b, l, dim] = if ACCELERATOR {
+        [32, 2048, 256]
+    } else {
+        [2, 2048, 256]
+    };
+    let mut group = c.benchmark_group("gated_rms_norm");
+    let inputs = |device: &Device| GatedNormInput {
+        x: draw([b, l, dim], device),
+        z: Some(draw([b, l, dim], device)),
+        weight: draw([dim], device),
+    };
+    let name = format!("B{b} L{l} D{dim}");
+    both(&mut group, &name, inputs, |input| {
+        gated_rms_norm(input, &GatedNormOptions::default())
+    });
+    group.finish();
+}
+
+fn projection_group(c: &mut Criterion) {
+    let tokens = if ACCELERATOR { 65_536 } else { 4096 };
+    let mut group = c.benchmark_group("projection");
+    for (name, d_input, d_output) in [("in_proj", 64, 656), ("out_proj", 256, 64)] {
+        let inputs = |device: &Device| {
+            (
+                draw([tokens, d_input], device),
+                draw([d_input, d_output], device),
+            )
+        };
+        let name = format!("{name} T{tokens} {d_input}x{d_output}");
+        both(&mut group, &name, inputs, |(x, weight)| {
+            project(x, weight, None)
+        });
+    }
+    group.finish();
+}
+
+/// The layers by name, with batch and length.
+fn layers() -> Vec<(&'static str, Mamba2Config, [usize; 2])> {
+    let note = Mamba2Config::new(64)
+        .with_d_state(64)
+        .with_headdim(16)
+        .with_expand(4);
+    let wide = Mamba2Config::new(256)
+        .with_d_state(64)
+        .with_headdim(64)
+        .with_expand(2);
+    if ACCELERATOR {
+        vec![("note", note, [32, 2048])]
+    } else {
+        vec![("d_model 256", wide, [2, 256]), ("note", note, [2, 2048])]
+    }
+}
+
+fn layer_group(c: &mut Criterion) {
+    let mut group = c.benchmark_group("mamba2");
+    for (name, config, [batch, length]) in layers() {
+        let d_model = config.d_model;
+        let inputs = |device: &Device| {
+            device.seed(1);
+            let layer: Mamba2 = config.init(device);
+            (layer, draw([batch, length, d_model], device))
+        };
+        let name = format!("{name} B{batch} L{length}");
+        both(&mut group, &name, inputs, |(layer, x)| layer.forward(x));
+    }
+    group.finish();
+
+    let mut group = c.benchmark_group("mamba1");
+    let inputs = |device: &Device| {
+        (
+            Mamba1Config::new(256).init(device),
+            draw([2, 256, 256], device),
+        )
+    };
+    both(&mut group, "d_model 256 B2 L256", inputs, |(layer, x)| {
+        layer.forward(x)
+    });
+    group.finish();
+}
+
+fn step_group(c: &mut Criterion) {
+    let device = Device::default();
+    let mut group = c.benchmark_group("step");
+    for (name, config, _) in layers() {
+        let layer = config.init(&device.clone().autodiff()).valid();
+        let x = Tensor::<2>::random([1, config.d_model], Distribution::Default, &device);
+        let mut state = Some(layer.empty_state(1, &device));
+        group.bench_function(format!("{name}, one token"), |bench| {
+            bench.iter(|| {
+                let (y, next) = layer.step(x.clone(), state.take().expect("a state"));
+                state = Some(next);
+                finish(&device);
+                y
+            });
+        });
+    }
+    group.finish();
+}
+
+fn config() -> Criterion {
+    Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+}
+
+criterion_group! {
+    name = benches;
+    config = config();
+    targets = ssd_group, scan_group, conv_group, norm_group, projection_group, layer_group, step_group
+}
+criterion_main!(benches);
