@@ -277,7 +277,7 @@ fn shares(p: Product, team: Team) -> usize {
 /// Zero.
 #[cube]
 pub(crate) fn new_sum(#[comptime] p: Product, #[comptime] team: Team) -> Sum {
-    let mut fragments = Sequence::<Matrix<f32>>::new();
+    let fragments = Sequence::<Matrix<f32>>::new();
     let numbers = Array::<f32>::new(comptime!(if team.matrix { 1 } else { shares(p, team) }));
     let mut sum = Sum { fragments, numbers };
     if comptime!(team.matrix) {

@@ -140,6 +140,10 @@ impl Problem {
     fn check(&self, name: &str, device: &Device, dtype: DType) {
         // A sum over tokens whose terms cancel keeps fewer of f32's digits.
         let limit = if dtype == DType::F32 { 3e-5 } else { 6e-3 };
+        self.check_within(limit, name, device, dtype);
+    }
+
+    fn check_within(&self, limit: f64, name: &str, device: &Device, dtype: DType) {
         let mut want = self.solve();
         if self.bias.is_none() {
             want[3].clear();
@@ -255,7 +259,14 @@ fn weights_past_the_kernels_limit_equal_the_loops() {
         if name == "cpu" {
             continue;
         }
-        Problem::new([40, 513, 520], true, DType::F32).check(name, &device, DType::F32);
+        // Burn's product rounds f32 operands to the 10 bits of TF32 on CUDA: 2.6e-4 on an H100.
+        let limit = if name == "cuda" { 1e-3 } else { 3e-5 };
+        Problem::new([40, 513, 520], true, DType::F32).check_within(
+            limit,
+            name,
+            &device,
+            DType::F32,
+        );
     }
 }
 

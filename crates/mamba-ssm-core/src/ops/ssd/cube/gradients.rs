@@ -44,12 +44,12 @@ struct Terms {
 }
 
 /// Parts in which a sum over a head's channels is taken, so that all units have work.
-fn parts(plan: Plan) -> usize {
+pub(super) fn parts(plan: Plan) -> usize {
     (plan.team.units / (plan.chunk * plan.heads)).max(1)
 }
 
 /// Parts in which a sum over a head's state is taken.
-fn kept_parts(plan: Plan) -> usize {
+pub(super) fn kept_parts(plan: Plan) -> usize {
     (plan.team.units / plan.heads).max(1)
 }
 

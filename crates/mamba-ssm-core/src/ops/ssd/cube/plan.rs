@@ -7,6 +7,7 @@ use crate::ops::cube::place::Place;
 use crate::ops::cube::product::{Lie, Part, Product};
 use crate::ops::cube::tile::Tile;
 use crate::ops::cube::{SIDE, Team};
+use crate::ops::ssd::cube::gradients::{kept_parts, parts};
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,6 +29,9 @@ pub(super) struct Plan {
 
 /// Gaps behind the rows of tiles, so that the rows of a block fall into different banks.
 const GAP: usize = 8;
+
+/// Bytes that aligning every array of shared memory may cost.
+const ALIGNMENT: usize = 16 * 20;
 
 impl Plan {
     pub(super) fn state_padded(&self) -> usize {
@@ -81,14 +85,6 @@ impl Plan {
             padded: self.state_padded(),
             stride: self.stride_n(),
             vector: self.vector_n,
-        }
-    }
-
-    /// One head's channels by state.
-    pub(super) fn tile_h(&self) -> Tile {
-        Tile {
-            rows: self.headdim_padded(),
-            ..self.tile_n()
         }
     }
 
@@ -183,7 +179,9 @@ impl Plan {
             + 2 * self.channels() * self.stride_n()
             + self.heads * self.chunk * self.stride_q();
         let stage = self.chunk.max(self.channels()) * self.stride_stage();
-        tile * tiles + 4 * (stage + 8 * self.chunk * self.heads + self.team.units)
+        let terms =
+            self.chunk * self.heads * (5 + 2 * parts(*self)) + self.heads * kept_parts(*self);
+        tile * tiles + 4 * (stage + terms + self.team.units) + ALIGNMENT
     }
 }
 
