@@ -35,13 +35,25 @@ fn finish(device: &Device) {
 }
 
 fn draw<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::<D>::random(shape, Distribution::Normal(0.0, 1.0), device)
-        .cast(dtype(device))
-        .require_grad()
+    leaf(Tensor::<D>::random(shape, Distribution::Normal(0.0, 1.0), device).cast(dtype(device)))
 }
 
+/// What is small and negative: rates of decay, biases of the step. f32, as the official package keeps them.
 fn small<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Uniform(-3.0, -0.5), device).require_grad()
+    leaf(Tensor::random(
+        shape,
+        Distribution::Uniform(-3.0, -0.5),
+        device,
+    ))
+}
+
+/// A leaf of the graph, where the device keeps one.
+fn leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    if tensor.device().is_autodiff() {
+        tensor.detach().require_grad()
+    } else {
+        tensor
+    }
 }
 
 /// Times `run` on plain tensors, and with its gradients on tracked ones. `inputs` draws what is passed.
