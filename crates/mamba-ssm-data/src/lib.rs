@@ -49,12 +49,14 @@ mod gaps;
 mod loader;
 mod plan;
 mod prepare;
+mod read_at;
 #[cfg(feature = "remote")]
 mod remote;
 mod schema;
 mod series;
 mod shards;
 mod source;
+mod spill;
 mod store;
 pub mod synthetic;
 mod time;

@@ -1,7 +1,6 @@
 //! A series with everything decided: gaps filled, windows shared out, transform fitted.
 
 use std::ops::Range;
-use std::path::Path;
 
 use crate::Result;
 use crate::gaps::Filler;
@@ -9,6 +8,7 @@ use crate::schema::Schema;
 use crate::series::RawSeries;
 use crate::shards::RowGroup;
 use crate::source::{Block, Stream};
+use crate::spill::Scratch;
 use crate::store::Store;
 use crate::transform::{Normalised, Transform, finite_or_zero};
 use crate::windows::{RowMap, SplitWindows, WindowOptions};
@@ -23,16 +23,15 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Reads a stream to its end, within `memory` bytes of rows.
+    /// Reads a stream to its end; rows that the memory of `scratch` does not hold wait in a file.
     pub(crate) fn of_stream(
         mut stream: Stream<'_>,
         windows: &WindowOptions,
-        memory: usize,
-        beside: &Path,
+        scratch: &Scratch,
         tell: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<Self> {
         let schema = stream.schema.clone();
-        let mut intake = Intake::new(&schema, windows, memory, beside, &stream.origin);
+        let mut intake = Intake::new(&schema, windows, scratch, &stream.origin);
         while let Some(block) = stream.next_block()? {
             intake.push(block)?;
             tell(stream.bytes_read(), stream.bytes)?;
@@ -43,8 +42,8 @@ impl Plan {
     /// Takes a series in memory.
     pub(crate) fn of_series(series: RawSeries, windows: &WindowOptions) -> Result<Self> {
         windows.validate()?;
-        let beside = std::env::temp_dir();
-        let mut intake = Intake::new(&series.schema, windows, usize::MAX, &beside, &series.origin);
+        let scratch = Scratch::unlimited();
+        let mut intake = Intake::new(&series.schema, windows, &scratch, &series.origin);
         intake.push(Block {
             timestamps: series.timestamps,
             columns: series.columns,
@@ -107,18 +106,12 @@ struct Intake {
 }
 
 impl Intake {
-    fn new(
-        schema: &Schema,
-        windows: &WindowOptions,
-        memory: usize,
-        beside: &Path,
-        origin: &str,
-    ) -> Self {
+    fn new(schema: &Schema, windows: &WindowOptions, scratch: &Scratch, origin: &str) -> Self {
         let scales = schema.columns.iter().map(|c| c.scale).collect();
         Self {
             filler: Filler::new(&windows.gaps, schema.step, origin),
             map: RowMap::default(),
-            store: Store::new(scales, memory, beside),
+            store: Store::new(scales, scratch),
             step: schema.step,
         }
     }

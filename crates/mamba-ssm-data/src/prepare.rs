@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::dataset::is_url;
 use crate::plan::Plan;
 use crate::shards::{GROUP_ROWS, Manifest, ShardWriter, Staging};
-use crate::source::{ReadOptions, Stream};
+use crate::source::{OrderPolicy, ReadOptions, Stream};
+use crate::spill::Scratch;
 use crate::transform::Transform;
 use crate::windows::{Split, SplitWindows, WindowOptions};
 use crate::{Error, Result};
@@ -79,6 +80,18 @@ impl PrepareOptions {
     pub fn with_windows(mut self, windows: WindowOptions) -> Self {
         self.windows = windows;
         self
+    }
+
+    /// The memory for rows. Where a file is sorted, sorting and storing have a half each.
+    fn scratch(&self) -> Scratch {
+        let shares = match self.read.order {
+            OrderPolicy::Refuse => 1,
+            OrderPolicy::Sort => 2,
+        };
+        Scratch {
+            memory: self.memory_bytes / shares,
+            beside: existing_ancestor(&self.output),
+        }
     }
 
     /// Sets the size of a shard before compression, in bytes.
@@ -173,20 +186,16 @@ pub fn prepare_with(
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::Cancelled),
     };
-    let stream = Stream::open(&options.inputs, &options.read)?;
+    let scratch = options.scratch();
+    let stream = Stream::open(&options.inputs, &options.read, &scratch)?;
     let sources = stream
         .files
         .iter()
         .map(|f| f.display().to_string())
         .collect();
-    let beside = existing_ancestor(&options.output);
-    let plan = Plan::of_stream(
-        stream,
-        &options.windows,
-        options.memory_bytes,
-        &beside,
-        &mut |done, total| tell(Stage::Read, done, total),
-    )?;
+    let plan = Plan::of_stream(stream, &options.windows, &scratch, &mut |done, total| {
+        tell(Stage::Read, done, total)
+    })?;
     let staging = Staging::create(&options.output)?;
     let manifest = write(&plan, &staging, options, sources, &mut |done, total| {
         tell(Stage::Write, done, total)

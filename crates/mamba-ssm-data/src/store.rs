@@ -1,29 +1,24 @@
 //! All rows between reading and writing: in memory up to a bound, the rest in an unnamed file.
 
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
+use crate::Result;
 use crate::schema::Scale;
 use crate::shards::GROUP_ROWS;
 use crate::source::Block;
+use crate::spill::{Scratch, Spill, row_bytes};
 use crate::transform::Moments;
-use crate::{Error, Result};
 
 /// Scaled rows (logarithms taken, nothing standardised yet), a row group at a time.
 pub(crate) struct Store {
     scales: Vec<Scale>,
     /// Bytes that may be held in memory.
     budget: usize,
-    /// A folder for the file, on the device that the shards go to.
-    beside: PathBuf,
     /// The first groups, then the groups in the file, then the one that is being filled.
     held: Vec<Block>,
-    file: Option<File>,
-    in_file: Vec<usize>,
+    in_file: Spill,
     filling: Block,
     /// Moments of the valid cells, per group and column.
     moments: Vec<Vec<Moments>>,
@@ -32,15 +27,14 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    pub(crate) fn new(scales: Vec<Scale>, budget: usize, beside: &Path) -> Self {
+    /// An empty store. The folder of `scratch` is best on the device that the shards go to.
+    pub(crate) fn new(scales: Vec<Scale>, scratch: &Scratch) -> Self {
         let filling = Block::with_width(scales.len(), GROUP_ROWS);
         Self {
-            scales,
-            budget,
-            beside: beside.into(),
+            budget: scratch.memory,
             held: Vec::new(),
-            file: None,
-            in_file: Vec::new(),
+            in_file: Spill::new(&scratch.beside, scales.len()),
+            scales,
             filling,
             moments: Vec::new(),
             rows: 0,
@@ -66,7 +60,7 @@ impl Store {
     /// Whether some rows had to go to the file.
     #[cfg(test)]
     pub(crate) fn spilled(&self) -> bool {
-        self.file.is_some()
+        self.in_file.len() > 0
     }
 
     /// Adds rows at the end.
@@ -111,46 +105,20 @@ impl Store {
             })
             .collect();
         self.moments.push(moments);
-        let bytes = GROUP_ROWS * (9 + 8 * self.scales.len());
-        if self.file.is_none() && (self.held.len() + 1) * bytes <= self.budget {
+        let bytes = GROUP_ROWS * row_bytes(self.scales.len());
+        if self.in_file.len() == 0 && (self.held.len() + 1) * bytes <= self.budget {
             self.held.push(group);
             return Ok(());
         }
-        self.spill(&group)
-    }
-
-    fn spill(&mut self, group: &Block) -> Result<()> {
-        let failed = |e| Error::io(&self.beside, "write rows beside the shards", e);
-        if self.file.is_none() {
-            self.file = Some(tempfile::tempfile_in(&self.beside).map_err(failed)?);
-        }
-        if let Some(file) = &mut self.file {
-            file.write_all(&to_bytes(group)).map_err(failed)?;
-        }
-        self.in_file.push(group.len());
-        Ok(())
+        self.in_file.push(&group)
     }
 
     /// The rows of one group.
     pub(crate) fn group(&self, index: usize) -> Result<Cow<'_, Block>> {
-        if let Some(group) = self.held.get(index) {
-            return Ok(Cow::Borrowed(group));
+        match self.held.get(index) {
+            Some(group) => Ok(Cow::Borrowed(group)),
+            None => self.in_file.get(index - self.held.len()).map(Cow::Owned),
         }
-        let place = index - self.held.len();
-        let row_bytes = 9 + 8 * self.scales.len();
-        let mut bytes = vec![0u8; self.in_file[place] * row_bytes];
-        let read = || -> std::io::Result<()> {
-            let mut file = self
-                .file
-                .as_ref()
-                .ok_or(std::io::ErrorKind::NotFound)?
-                .try_clone()?;
-            file.seek(SeekFrom::Start((place * GROUP_ROWS * row_bytes) as u64))?;
-            file.read_exact(&mut bytes)
-        };
-        let mut read = read;
-        read().map_err(|e| Error::io(&self.beside, "read rows back", e))?;
-        Ok(Cow::Owned(from_bytes(&bytes, self.scales.len())))
     }
 
     /// Moments of the valid cells of the first `rows` rows, per column.
@@ -173,31 +141,6 @@ impl Store {
     }
 }
 
-fn to_bytes(group: &Block) -> Vec<u8> {
-    let mut out = Vec::with_capacity(group.len() * (9 + 8 * group.columns.len()));
-    out.extend(group.timestamps.iter().flat_map(|t| t.to_le_bytes()));
-    for column in &group.columns {
-        out.extend(column.iter().flat_map(|x| x.to_le_bytes()));
-    }
-    out.extend(group.valid.iter().map(|&v| u8::from(v)));
-    out
-}
-
-fn from_bytes(bytes: &[u8], width: usize) -> Block {
-    let rows = bytes.len() / (9 + 8 * width);
-    let (words, flags) = bytes.split_at(rows * 8 * (width + 1));
-    let (words, _) = words.as_chunks::<8>();
-    let (times, cells) = words.split_at(rows);
-    Block {
-        timestamps: times.iter().map(|w| i64::from_le_bytes(*w)).collect(),
-        columns: cells
-            .chunks(rows.max(1))
-            .map(|column| column.iter().map(|w| f64::from_le_bytes(*w)).collect())
-            .collect(),
-        valid: flags.iter().map(|&f| f != 0).collect(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -214,7 +157,11 @@ mod tests {
     fn rows_in_a_file_come_back_as_rows_in_memory_do() {
         let dir = tempfile::tempdir().unwrap();
         let store = |budget| {
-            let mut store = Store::new(vec![Scale::Log, Scale::Identity], budget, dir.path());
+            let scratch = Scratch {
+                memory: budget,
+                beside: dir.path().into(),
+            };
+            let mut store = Store::new(vec![Scale::Log, Scale::Identity], &scratch);
             let mut at = 0;
             while at < 300_000 {
                 store.push(&block(at, 10_007)).unwrap();
@@ -232,6 +179,17 @@ mod tests {
         for rows in [0, 5, GROUP_ROWS, 200_000] {
             assert_eq!(memory.moments(rows).unwrap(), file.moments(rows).unwrap());
         }
+        // Several threads at once, each at a place of its own.
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let (memory, file) = (&memory, &file);
+                scope.spawn(move || {
+                    for index in (thread..thread + 200).map(|i| i % file.groups()) {
+                        assert!(*memory.group(index).unwrap() == *file.group(index).unwrap());
+                    }
+                });
+            }
+        });
         assert_eq!(memory.time(), (0, (memory.rows() as i64 - 1) * 60));
         // A file without a name leaves nothing behind.
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);

@@ -9,6 +9,7 @@ use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::manifest::Shard;
+use crate::read_at::read_at;
 use crate::{Error, Result};
 
 /// The most files that are held open at once.
@@ -172,26 +173,6 @@ impl parquet::file::reader::ChunkReader for SharedFile {
         read_at(&self.file, &mut buffer, start)?;
         Ok(buffer.into())
     }
-}
-
-/// Reads at a place without moving the cursor that all handles of the file share.
-#[cfg(unix)]
-fn read_at(file: &File, buffer: &mut [u8], start: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, buffer, start)
-}
-
-/// Reads at a place without moving the cursor that all handles of the file share.
-#[cfg(windows)]
-fn read_at(file: &File, mut buffer: &mut [u8], mut start: u64) -> std::io::Result<()> {
-    while !buffer.is_empty() {
-        let read = std::os::windows::fs::FileExt::seek_read(file, buffer, start)?;
-        if read == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        buffer = &mut buffer[read..];
-        start += read as u64;
-    }
-    Ok(())
 }
 
 /// Compares size and checksum with the manifest's.

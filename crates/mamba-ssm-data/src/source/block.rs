@@ -80,31 +80,6 @@ impl<S: BlockSource + ?Sized> BlockSource for Box<S> {
     }
 }
 
-/// A file whose rows are sorted after all of them have been read.
-pub(super) struct Sorted<S> {
-    pub(super) source: S,
-    pub(super) width: usize,
-    pub(super) done: bool,
-}
-
-impl<S: BlockSource> BlockSource for Sorted<S> {
-    fn next_block(&mut self) -> Result<Option<Block>> {
-        if std::mem::replace(&mut self.done, true) {
-            return Ok(None);
-        }
-        let mut all = Block::with_width(self.width, 0);
-        while let Some(block) = self.source.next_block()? {
-            all.extend(&block, 0..block.len());
-        }
-        all.sort_keeping_last();
-        Ok((all.len() > 0).then_some(all))
-    }
-
-    fn bytes_read(&self) -> u64 {
-        self.source.bytes_read()
-    }
-}
-
 /// Refuses timestamps that do not rise. `first_row` is the number of the block's first row.
 pub(super) fn check_order(
     path: &str,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::{Block, BlockSource, ReadOptions, open_file};
 use crate::Result;
+use crate::spill::Scratch;
 
 /// Rows of a block that is merged row by row.
 const ROWS: usize = 1 << 14;
@@ -32,17 +33,24 @@ struct Lane<'a> {
 /// of files that overlap, not with the number of files.
 pub(super) struct Merge<'a> {
     options: &'a ReadOptions,
+    scratch: Scratch,
     waiting: VecDeque<Waiting>,
     lanes: Vec<Lane<'a>>,
+    /// Of rows with the same timestamp a valid one goes first; otherwise the last one alone counts.
+    valid_first: bool,
     finished: u64,
 }
 
 impl<'a> Merge<'a> {
     /// Looks at the first row of each file. Files without rows in the range asked for are passed over.
-    pub(super) fn open(paths: Vec<PathBuf>, options: &'a ReadOptions) -> Result<Self> {
+    pub(super) fn open(
+        paths: Vec<PathBuf>,
+        options: &'a ReadOptions,
+        scratch: &Scratch,
+    ) -> Result<Self> {
         let mut waiting = Vec::with_capacity(paths.len());
         for (rank, path) in paths.into_iter().enumerate() {
-            if let Some(block) = open_file(&path, options)?.next_block()? {
+            if let Some(block) = open_file(&path, options, scratch)?.next_block()? {
                 waiting.push(Waiting {
                     first: block.timestamps[0],
                     path,
@@ -53,10 +61,44 @@ impl<'a> Merge<'a> {
         waiting.sort_by_key(|w| (w.first, w.rank));
         Ok(Self {
             options,
+            scratch: scratch.clone(),
             waiting: waiting.into(),
             lanes: Vec::new(),
+            valid_first: true,
             finished: 0,
         })
+    }
+
+    /// Merges parts of one file, each in order of time; of rows with the same timestamp that of the last part stays.
+    pub(super) fn of_runs(
+        runs: Vec<Box<dyn BlockSource + 'a>>,
+        options: &'a ReadOptions,
+    ) -> Result<Self> {
+        let mut merge = Self {
+            options,
+            scratch: Scratch::unlimited(),
+            waiting: VecDeque::new(),
+            lanes: Vec::with_capacity(runs.len()),
+            valid_first: false,
+            finished: 0,
+        };
+        for (rank, source) in runs.into_iter().enumerate() {
+            merge.add_lane(source, rank)?;
+        }
+        Ok(merge)
+    }
+
+    /// Begins to read a source, if there is anything in it.
+    fn add_lane(&mut self, mut source: Box<dyn BlockSource + 'a>, rank: usize) -> Result<()> {
+        if let Some(block) = source.next_block()? {
+            self.lanes.push(Lane {
+                source,
+                block,
+                at: 0,
+                rank,
+            });
+        }
+        Ok(())
     }
 
     /// Opens every file that starts at or before `time`, or the next one if none is open.
@@ -68,15 +110,8 @@ impl<'a> Merge<'a> {
             let Some(next) = self.waiting.pop_front() else {
                 break;
             };
-            let mut source = open_file(&next.path, self.options)?;
-            if let Some(block) = source.next_block()? {
-                self.lanes.push(Lane {
-                    source,
-                    block,
-                    at: 0,
-                    rank: next.rank,
-                });
-            }
+            let source = open_file(&next.path, self.options, &self.scratch)?;
+            self.add_lane(source, next.rank)?;
         }
         Ok(())
     }
@@ -92,7 +127,7 @@ impl<'a> Merge<'a> {
             .lanes
             .iter()
             .filter(|lane| lane.time() == time)
-            .max_by_key(|lane| (lane.block.valid[lane.at], lane.rank));
+            .max_by_key(|lane| (self.valid_first && lane.block.valid[lane.at], lane.rank));
         if let Some(lane) = winner {
             out.extend(&lane.block, lane.at..lane.at + 1);
         }

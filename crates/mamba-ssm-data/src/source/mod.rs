@@ -6,6 +6,7 @@ mod csv;
 mod merge;
 mod number;
 mod parquet;
+mod sorted;
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +17,7 @@ pub(crate) use self::parquet::quietly;
 use crate::features::{Feature, FeatureSteps};
 use crate::schema::{ColumnSpec, Schema};
 use crate::series::RawSeries;
+use crate::spill::Scratch;
 use crate::time::format_time;
 use crate::{Error, Result};
 
@@ -177,7 +179,7 @@ pub fn read_series(path: impl AsRef<Path>, options: &ReadOptions) -> Result<RawS
 ///
 /// Those of [`read_series`].
 pub fn read_many(paths: &[impl AsRef<Path>], options: &ReadOptions) -> Result<RawSeries> {
-    let mut stream = Stream::open(paths, options)?;
+    let mut stream = Stream::open(paths, options, &Scratch::unlimited())?;
     let mut series = RawSeries::empty(stream.schema.clone(), stream.origin.clone());
     while let Some(block) = stream.next_block()? {
         append(&mut series, block);
@@ -201,7 +203,11 @@ pub(crate) struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    pub(crate) fn open(paths: &[impl AsRef<Path>], options: &'a ReadOptions) -> Result<Self> {
+    pub(crate) fn open(
+        paths: &[impl AsRef<Path>],
+        options: &'a ReadOptions,
+        scratch: &Scratch,
+    ) -> Result<Self> {
         options.validate()?;
         let mut files = Vec::new();
         for path in paths {
@@ -223,8 +229,8 @@ impl<'a> Stream<'a> {
             .map(|m| m.len())
             .sum();
         let source = match &files[..] {
-            [one] => open_file(one, options)?,
-            _ => Box::new(merge::Merge::open(files.clone(), options)?),
+            [one] => open_file(one, options, scratch)?,
+            _ => Box::new(merge::Merge::open(files.clone(), options, scratch)?),
         };
         Ok(Self {
             source,
@@ -261,18 +267,18 @@ impl<'a> Stream<'a> {
 }
 
 /// Opens one file, in whatever format it is.
-fn open_file<'a>(path: &Path, options: &'a ReadOptions) -> Result<Box<dyn BlockSource + 'a>> {
+fn open_file<'a>(
+    path: &Path,
+    options: &'a ReadOptions,
+    scratch: &Scratch,
+) -> Result<Box<dyn BlockSource + 'a>> {
     let source: Box<dyn BlockSource + 'a> = match bytes::detect(path)? {
         bytes::Format::Parquet => Box::new(parquet::ParquetReader::open(path, options)?),
         format => Box::new(csv::CsvReader::open(path, format, options)?),
     };
     Ok(match options.order {
         OrderPolicy::Refuse => source,
-        OrderPolicy::Sort => Box::new(block::Sorted {
-            source,
-            width: options.schema.columns.len(),
-            done: false,
-        }),
+        OrderPolicy::Sort => Box::new(sorted::Sorted::new(source, options, scratch)),
     })
 }
 
