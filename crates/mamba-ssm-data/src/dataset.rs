@@ -48,6 +48,8 @@ struct Inner {
     fitted: Range<usize>,
     rows: usize,
     source: Source,
+    /// Where the rows come from, for messages.
+    origin: String,
     resident: Mutex<Option<Arc<Normalised>>>,
 }
 
@@ -114,6 +116,7 @@ impl Dataset {
             splits: manifest.splits.clone(),
             fitted: start as usize..end as usize,
             rows: manifest.rows as usize,
+            origin: reader.place(),
             source: Source::Shards {
                 cache: Arc::new(PageCache::new(reader.clone(), 0)),
                 reader: reader.clone(),
@@ -128,6 +131,7 @@ impl Dataset {
     ///
     /// Too few rows for a window or a split; options that cannot work.
     pub fn in_memory(series: RawSeries, windows: &WindowOptions) -> Result<Self> {
+        let origin = series.origin.clone();
         let plan = Plan::of_series(series, windows)?;
         let rows = plan.normalised()?;
         Ok(Self::of_rows(
@@ -136,6 +140,7 @@ impl Dataset {
             windows,
             plan.splits,
             plan.fitted,
+            origin,
         ))
     }
 
@@ -152,7 +157,7 @@ impl Dataset {
         split: Split,
     ) -> Result<Self> {
         windows.validate()?;
-        transform.check_columns(&series.schema)?;
+        transform.check_columns(&series.schema, &series.origin)?;
         let series = fill_gaps(series, &windows.gaps)?;
         let map = mapped(&series);
         let windows_of_split = map.all_in(split, windows)?;
@@ -163,6 +168,7 @@ impl Dataset {
             windows,
             vec![windows_of_split],
             0..0,
+            series.origin,
         ))
     }
 
@@ -172,6 +178,7 @@ impl Dataset {
         windows: &WindowOptions,
         splits: Vec<SplitWindows>,
         fitted: Range<usize>,
+        origin: String,
     ) -> Self {
         Self::with(Inner {
             transform,
@@ -180,6 +187,7 @@ impl Dataset {
             fitted,
             rows: rows.len(),
             source: Source::Memory,
+            origin,
             resident: Mutex::new(Some(Arc::new(rows))),
         })
     }
@@ -288,6 +296,7 @@ impl Dataset {
         let starts = self.starts(split);
         if starts.is_empty() {
             return Err(Error::EmptySplit {
+                path: self.inner.origin.clone(),
                 split,
                 rows: self.split_rows(split).len(),
                 needed: self.inner.windows.length,

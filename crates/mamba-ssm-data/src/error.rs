@@ -175,10 +175,12 @@ pub enum Error {
 
     /// Too few rows for a single window.
     #[error(
-        "{rows} rows are too few: a window needs {needed} rows in one piece \
+        "{path}: {rows} rows are too few: a window needs {needed} rows in one piece \
          (longest piece without a gap or an invalid row: {longest}); give more rows or a shorter length"
     )]
     TooFewRows {
+        /// The source or the set.
+        path: String,
         /// Rows there are.
         rows: usize,
         /// Rows of one window.
@@ -189,10 +191,12 @@ pub enum Error {
 
     /// A split that would hold no window.
     #[error(
-        "the {split} split has no window: {rows} rows are left to it after the embargo, a window needs {needed} in one piece; \
+        "{path}: the {split} split has no window: {rows} rows are left to it after the embargo, a window needs {needed} in one piece; \
          give more rows, a shorter length, or set this split's fraction to 0"
     )]
     EmptySplit {
+        /// The source or the set.
+        path: String,
         /// The split.
         split: Split,
         /// Rows in the split's range.
@@ -203,11 +207,13 @@ pub enum Error {
 
     /// Two descriptions of the columns that disagree.
     #[error(
-        "features do not match: expected {}, found {}",
+        "{path}: features do not match: expected {}, found {}",
         list(expected),
         list(found)
     )]
     FeatureMismatch {
+        /// The source or the set.
+        path: String,
         /// Names expected.
         expected: Vec<String>,
         /// Names found.

@@ -36,7 +36,7 @@ impl Plan {
             intake.push(block)?;
             tell(stream.bytes_read(), stream.bytes)?;
         }
-        intake.finish(&schema, windows)
+        intake.finish(&schema, windows, &stream.origin)
     }
 
     /// Takes a series in memory.
@@ -49,7 +49,7 @@ impl Plan {
             columns: series.columns,
             valid: series.valid,
         })?;
-        intake.finish(&series.schema, windows)
+        intake.finish(&series.schema, windows, &series.origin)
     }
 
     /// One row group, standardised.
@@ -110,7 +110,7 @@ impl Intake {
         let scales = schema.columns.iter().map(|c| c.scale).collect();
         Self {
             filler: Filler::new(&windows.gaps, schema.step, origin),
-            map: RowMap::default(),
+            map: RowMap::new(origin),
             store: Store::new(scales, scratch),
             step: schema.step,
         }
@@ -134,14 +134,14 @@ impl Intake {
         self.store.push(block)
     }
 
-    fn finish(mut self, schema: &Schema, windows: &WindowOptions) -> Result<Plan> {
+    fn finish(mut self, schema: &Schema, windows: &WindowOptions, origin: &str) -> Result<Plan> {
         if let Some(filler) = &mut self.filler {
             let rest = filler.finish();
             self.keep(&rest)?;
         }
         self.store.finish()?;
         let (fitted, splits) = self.map.share_out(windows)?;
-        let transform = Transform::from_moments(schema, &self.store.moments(fitted.end)?)?;
+        let transform = Transform::from_moments(schema, &self.store.moments(fitted.end)?, origin)?;
         Ok(Plan {
             store: self.store,
             map: self.map,
@@ -156,7 +156,7 @@ impl Intake {
 pub(crate) fn mapped(series: &RawSeries) -> RowMap {
     let usable =
         |row: usize| series.valid[row] || series.columns.iter().all(|c| c[row].is_finite());
-    let mut map = RowMap::default();
+    let mut map = RowMap::new(&series.origin);
     map.extend(
         series.schema.step,
         &series.timestamps,

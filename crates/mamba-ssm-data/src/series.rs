@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::schema::Schema;
+use crate::time::is_in_calendar;
 use crate::{Error, Result};
 
 /// Timestamps, named `f64` columns and one validity flag per row.
@@ -122,6 +123,15 @@ impl RawSeries {
 
     /// Orders, domains and validity of rows that did not come through a reader.
     fn check(&mut self) -> Result<()> {
+        if let Some(i) = self.timestamps.iter().position(|&t| !is_in_calendar(t)) {
+            return Err(Error::NotANumber {
+                path: self.origin.clone(),
+                row: i as u64 + 1,
+                column: self.schema.time.name.clone(),
+                value: self.timestamps[i].to_string(),
+                expected: "a time within the calendar (unix seconds)",
+            });
+        }
         if let Some(i) = self.timestamps.windows(2).position(|w| w[1] <= w[0]) {
             return Err(Error::OutOfOrder {
                 path: self.origin.clone(),
@@ -174,6 +184,22 @@ mod tests {
         );
         assert!(one_column(vec![1.0, 0.0], Scale::Log1p).is_ok());
         assert!(one_column(vec![1.0, -0.5], Scale::Log1p).is_err());
+    }
+
+    #[test]
+    fn a_time_that_no_calendar_knows_is_refused_with_its_place() {
+        let schema = Schema {
+            columns: vec![ColumnSpec::new("x", Scale::Identity)],
+            ..Schema::ohlcv()
+        };
+        for times in [vec![i64::MIN, 0], vec![0, i64::MAX]] {
+            let found = RawSeries::from_columns(schema.clone(), times, vec![vec![1.0; 2]]);
+            let message = found.unwrap_err().to_string();
+            assert!(
+                message.contains("row") && message.contains("within the calendar"),
+                "{message}"
+            );
+        }
     }
 
     #[test]

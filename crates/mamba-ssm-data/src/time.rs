@@ -56,6 +56,12 @@ pub fn format_time(seconds: i64) -> String {
     }
 }
 
+/// Whether the calendar reaches this second: what lies far outside overflows where times are subtracted or
+/// counted in milliseconds.
+pub(crate) fn is_in_calendar(seconds: i64) -> bool {
+    DateTime::from_timestamp(seconds, 0).is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

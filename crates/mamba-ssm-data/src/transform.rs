@@ -91,14 +91,15 @@ impl Transform {
                 Moments::of_column(&column[rows.clone()], valid, |x| spec.scale.forward(x))
             })
             .collect::<Vec<_>>();
-        Self::from_moments(&series.schema, &moments)
+        Self::from_moments(&series.schema, &moments, &series.origin)
     }
 
-    /// The transform with these moments of the scaled columns.
-    pub(crate) fn from_moments(schema: &Schema, moments: &[Moments]) -> Result<Self> {
+    /// The transform with these moments of the scaled columns of `origin`.
+    pub(crate) fn from_moments(schema: &Schema, moments: &[Moments], origin: &str) -> Result<Self> {
         let rows = moments.iter().map(|m| m.count).min().unwrap_or(0);
         if rows < 2 {
             return Err(Error::TooFewRows {
+                path: origin.into(),
                 rows: rows as usize,
                 needed: 2,
                 longest: rows as usize,
@@ -145,7 +146,7 @@ impl Transform {
     ///
     /// [`Error::FeatureMismatch`] when the series has other columns than the transform.
     pub fn apply(&self, series: &RawSeries) -> Result<Normalised> {
-        self.check_columns(&series.schema)?;
+        self.check_columns(&series.schema, &series.origin)?;
         let width = self.width();
         let mut values = vec![0f32; series.len() * width];
         values
@@ -168,8 +169,8 @@ impl Transform {
         })
     }
 
-    /// Refuses a series whose columns (names, order, scales) are not those of the transform.
-    pub(crate) fn check_columns(&self, schema: &Schema) -> Result<()> {
+    /// Refuses a series (of `origin`) whose columns (names, order, scales) are not those of the transform.
+    pub(crate) fn check_columns(&self, schema: &Schema, origin: &str) -> Result<()> {
         let same = self.width() == schema.columns.len()
             && self
                 .features
@@ -181,6 +182,7 @@ impl Transform {
         }
         let describe = |name: &str, scale: Scale| format!("{name} ({scale:?})").to_lowercase();
         Err(Error::FeatureMismatch {
+            path: origin.into(),
             expected: self
                 .features
                 .iter()

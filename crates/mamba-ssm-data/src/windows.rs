@@ -217,9 +217,19 @@ pub(crate) struct RowMap {
     invalid: Vec<Range<usize>>,
     last_time: Option<i64>,
     last_usable: bool,
+    /// Where the rows come from, for messages.
+    origin: String,
 }
 
 impl RowMap {
+    /// No rows yet.
+    pub(crate) fn new(origin: &str) -> Self {
+        Self {
+            origin: origin.into(),
+            ..Self::default()
+        }
+    }
+
     /// Adds rows at the end. `usable` tells a row that may stand in a window from one that may not.
     pub(crate) fn extend(
         &mut self,
@@ -302,15 +312,21 @@ impl RowMap {
         options.validate()?;
         let all = self.starts_within(0..self.rows, options);
         if all.is_empty() {
-            return Err(Error::TooFewRows {
-                rows: self.rows,
-                needed: options.length,
-                longest: self.unbroken.iter().map(Range::len).max().unwrap_or(0),
-            });
+            return Err(self.too_few(options));
         }
         match options.protocol {
             Protocol::Chronological => self.by_time(options),
             Protocol::Note => Ok((0..self.rows, self.at_random(all, options)?)),
+        }
+    }
+
+    /// The error of rows that hold no window at all.
+    fn too_few(&self, options: &WindowOptions) -> Error {
+        Error::TooFewRows {
+            path: self.origin.clone(),
+            rows: self.rows,
+            needed: options.length,
+            longest: self.unbroken.iter().map(Range::len).max().unwrap_or(0),
         }
     }
 
@@ -341,7 +357,7 @@ impl RowMap {
                     rows
                 };
                 let starts = self.starts_within(rows.clone(), options);
-                pack(split, rows, starts, share, options)
+                self.pack(split, rows, starts, share, options)
             })
             .collect::<Result<Vec<_>>>()?;
         Ok((0..train_end, splits))
@@ -360,7 +376,7 @@ impl RowMap {
             .map(|((split, part), share)| {
                 let mut starts = part.to_vec();
                 starts.sort_unstable();
-                pack(split, 0..self.rows, starts, share, options)
+                self.pack(split, 0..self.rows, starts, share, options)
             })
             .collect()
     }
@@ -369,13 +385,44 @@ impl RowMap {
     pub(crate) fn all_in(&self, split: Split, options: &WindowOptions) -> Result<SplitWindows> {
         let starts = self.starts_within(0..self.rows, options);
         if starts.is_empty() {
-            return Err(Error::TooFewRows {
-                rows: self.rows,
+            return Err(self.too_few(options));
+        }
+        self.pack(split, 0..self.rows, starts, 1.0, options)
+    }
+
+    /// Folds start rows into ranges; refuses an empty split that should hold something.
+    fn pack(
+        &self,
+        split: Split,
+        rows: Range<usize>,
+        starts: Vec<usize>,
+        share: f64,
+        options: &WindowOptions,
+    ) -> Result<SplitWindows> {
+        if starts.is_empty() && share > 0.0 {
+            return Err(Error::EmptySplit {
+                path: self.origin.clone(),
+                split,
+                rows: rows.len(),
                 needed: options.length,
-                longest: self.unbroken.iter().map(Range::len).max().unwrap_or(0),
             });
         }
-        pack(split, 0..self.rows, starts, 1.0, options)
+        let mut ranges: Vec<StartRange> = Vec::new();
+        for start in starts {
+            let start = start as u64;
+            match ranges.last_mut() {
+                Some(r) if r.first + r.count * options.stride as u64 == start => r.count += 1,
+                _ => ranges.push(StartRange {
+                    first: start,
+                    count: 1,
+                }),
+            }
+        }
+        Ok(SplitWindows {
+            split,
+            rows: (rows.start as u64, rows.end as u64),
+            starts: ranges,
+        })
     }
 }
 
@@ -389,39 +436,6 @@ fn grid(
     let first = origin + (rows.start - origin).div_ceil(stride) * stride;
     let end = (rows.end + 1).saturating_sub(length);
     (first..end.max(first)).step_by(stride)
-}
-
-/// Folds start rows into ranges; refuses an empty split that should hold something.
-fn pack(
-    split: Split,
-    rows: Range<usize>,
-    starts: Vec<usize>,
-    share: f64,
-    options: &WindowOptions,
-) -> Result<SplitWindows> {
-    if starts.is_empty() && share > 0.0 {
-        return Err(Error::EmptySplit {
-            split,
-            rows: rows.len(),
-            needed: options.length,
-        });
-    }
-    let mut ranges: Vec<StartRange> = Vec::new();
-    for start in starts {
-        let start = start as u64;
-        match ranges.last_mut() {
-            Some(r) if r.first + r.count * options.stride as u64 == start => r.count += 1,
-            _ => ranges.push(StartRange {
-                first: start,
-                count: 1,
-            }),
-        }
-    }
-    Ok(SplitWindows {
-        split,
-        rows: (rows.start as u64, rows.end as u64),
-        starts: ranges,
-    })
 }
 
 #[cfg(test)]

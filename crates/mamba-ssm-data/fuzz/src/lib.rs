@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use mamba_ssm_data::{
-    Dataset, LoaderOptions, OrderPolicy, PrepareOptions, ReadOptions, Split, WindowOptions,
-    prepare, read_series,
+    Dataset, GapPolicy, LoaderOptions, OrderPolicy, PrepareOptions, RawSeries, ReadOptions, Split,
+    WindowOptions, prepare, read_series,
 };
 use tempfile::TempDir;
 
@@ -34,8 +34,33 @@ pub fn read(name: &str, bytes: &[u8]) {
                 assert!(!series.is_empty());
                 assert!(series.timestamps.windows(2).all(|w| w[0] < w[1]));
                 assert!(series.columns.iter().all(|c| c.len() == series.len()));
+                window(&series);
             }
             Err(error) => assert!(error.to_string().contains(name), "{error}"),
+        }
+    }
+}
+
+/// Cuts a series into windows under every policy of gaps.
+fn window(series: &RawSeries) {
+    for gaps in [
+        GapPolicy::Split,
+        GapPolicy::Fill { limit: 3 },
+        GapPolicy::Mask { min_valid: 0.5 },
+        GapPolicy::Ignore,
+    ] {
+        let windows = WindowOptions {
+            length: 2,
+            stride: 1,
+            gaps,
+            fractions: [1.0, 0.0, 0.0],
+            ..WindowOptions::default()
+        };
+        if let Ok(data) = Dataset::in_memory(series.clone(), &windows) {
+            let rows = data.rows().expect("rows in memory");
+            assert!(rows.values.iter().all(|v| v.is_finite()));
+            let last = data.starts(Split::Train).last().copied();
+            assert!(last.is_some_and(|start| start + 2 <= rows.len() as u64));
         }
     }
 }
@@ -48,7 +73,11 @@ pub fn set() -> PathBuf {
         let mut text = String::from("Timestamp,Open,High,Low,Close,Volume\n");
         for minute in 0..40 {
             let price = 100 + minute % 10;
-            text += &format!("{},{price},{price},{price},{price},{}\n", minute * 60, minute % 3);
+            text += &format!(
+                "{},{price},{price},{price},{price},{}\n",
+                minute * 60,
+                minute % 3
+            );
         }
         std::fs::write(&csv, text).expect("a writable folder");
         let windows = WindowOptions {

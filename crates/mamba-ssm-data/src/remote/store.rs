@@ -89,7 +89,9 @@ fn build(
         max_retries: 0,
         ..RetryConfig::default()
     };
+    // Plain HTTP is a matter of the endpoint that was configured.
     let client = ClientOptions::new()
+        .with_allow_http(true)
         .with_timeout_disabled()
         .with_connect_timeout(options.stall.min(Duration::from_secs(10)));
     let settings = options
@@ -112,9 +114,8 @@ fn build(
     }
     match scheme {
         ObjectStoreScheme::AmazonS3 => {
-            // Plain HTTP is a matter of the endpoint that was configured.
             cloud!(
-                AmazonS3Builder::from_env().with_client_options(client.with_allow_http(true)),
+                AmazonS3Builder::from_env().with_client_options(client),
                 "S3"
             )
         }
@@ -123,13 +124,13 @@ fn build(
             "GCS"
         ),
         ObjectStoreScheme::MicrosoftAzure => cloud!(
-            MicrosoftAzureBuilder::from_env().with_client_options(client.with_allow_http(true)),
+            MicrosoftAzureBuilder::from_env().with_client_options(client),
             "Azure"
         ),
         ObjectStoreScheme::Http => {
             let mut builder = HttpBuilder::new()
                 .with_url(&url[..url::Position::BeforePath])
-                .with_client_options(client.with_allow_http(true))
+                .with_client_options(client)
                 .with_retry(retry);
             for (key, value) in settings {
                 let known = key.parse().map_err(|_| unknown(&key, "HTTP"))?;

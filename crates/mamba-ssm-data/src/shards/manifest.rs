@@ -112,7 +112,7 @@ impl Manifest {
         let schema = self.read.output_schema().map_err(|e| e.to_string())?;
         self.windows.validate().map_err(|e| e.to_string())?;
         self.transform
-            .check_columns(&schema)
+            .check_columns(&schema, "`transform`")
             .map_err(|e| e.to_string())?;
         let sound =
             |f: &crate::FeatureStats| f.mean.is_finite() && f.std.is_finite() && f.std > 0.0;

@@ -1,7 +1,7 @@
 //! Shards that are open, and what makes them trusted.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +9,6 @@ use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::manifest::Shard;
-use crate::read_at::read_at;
 use crate::{Error, Result};
 
 /// The most files that are held open at once.
@@ -110,69 +109,6 @@ impl Slot<'_> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A file that several threads read at places of their own.
-pub(super) struct SharedFile {
-    pub(super) file: Arc<File>,
-    length: u64,
-}
-
-impl SharedFile {
-    pub(super) fn new(file: Arc<File>) -> Self {
-        let length = file.metadata().map_or(0, |m| m.len());
-        Self { file, length }
-    }
-}
-
-impl parquet::file::reader::Length for SharedFile {
-    fn len(&self) -> u64 {
-        self.length
-    }
-}
-
-/// Reads on from a place, a little at a time: page headers are asked for without their length.
-pub(super) struct ReadFrom {
-    file: Arc<File>,
-    at: u64,
-    length: u64,
-}
-
-impl Read for ReadFrom {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let left = usize::try_from(self.length.saturating_sub(self.at)).unwrap_or(usize::MAX);
-        let wanted = buffer.len().min(left);
-        read_at(&self.file, &mut buffer[..wanted], self.at)?;
-        self.at += wanted as u64;
-        Ok(wanted)
-    }
-}
-
-impl parquet::file::reader::ChunkReader for SharedFile {
-    type T = BufReader<ReadFrom>;
-
-    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        let from = ReadFrom {
-            file: self.file.clone(),
-            at: start,
-            length: self.length,
-        };
-        Ok(BufReader::with_capacity(1 << 10, from))
-    }
-
-    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
-        if start
-            .checked_add(length as u64)
-            .is_none_or(|end| end > self.length)
-        {
-            return Err(parquet::errors::ParquetError::EOF(
-                "a range lies past the end".into(),
-            ));
-        }
-        let mut buffer = vec![0u8; length];
-        read_at(&self.file, &mut buffer, start)?;
-        Ok(buffer.into())
-    }
 }
 
 /// Compares size and checksum with the manifest's.

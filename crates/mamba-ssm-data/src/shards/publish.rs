@@ -119,7 +119,9 @@ fn remove_generations(root: &Path, stale: impl Fn(u64) -> bool) {
         let generation = name
             .to_str()
             .and_then(|n| n.strip_prefix(FOLDER))
-            .and_then(|n| n.parse::<u64>().ok());
+            .and_then(|n| n.parse::<u64>().ok())
+            // `set-1` is somebody else's.
+            .filter(|&g| name.to_str() == Some(&folder_name(g)));
         if generation.is_some_and(&stale) {
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -158,6 +160,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("set-000009")).unwrap();
         fs::write(dir.path().join("notes.txt"), "mine").unwrap();
+        fs::create_dir(dir.path().join("set-1")).unwrap();
         let staging = Staging::create(dir.path()).unwrap();
         assert!(!dir.path().join("set-000009").exists());
         let folder = staging.folder().to_path_buf();
@@ -165,5 +168,6 @@ mod tests {
         drop(staging);
         assert!(!folder.exists());
         assert!(dir.path().join("notes.txt").exists());
+        assert!(dir.path().join("set-1").exists());
     }
 }

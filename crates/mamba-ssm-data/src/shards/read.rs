@@ -10,9 +10,9 @@ use rayon::prelude::*;
 
 use super::files::Files;
 use super::manifest::{MANIFEST, Manifest};
-use super::open::{Handles, OpenShard, SharedFile, check_content, damaged};
+use super::open::{Handles, OpenShard, check_content, damaged};
 use super::write::arrow_schema;
-use crate::source::quietly;
+use crate::parquet_file::{SharedFile, quietly};
 use crate::transform::Normalised;
 use crate::{Error, Result};
 
@@ -47,6 +47,11 @@ impl ShardReader {
             manifest,
             handles,
         })
+    }
+
+    /// The place of the manifest, for messages.
+    pub(crate) fn place(&self) -> String {
+        self.files.place(MANIFEST).display().to_string()
     }
 
     /// Rows of a page; the last one may have fewer.
@@ -230,10 +235,9 @@ impl ShardReader {
             None => {
                 check_content(&path, entry, &mut file)?;
                 let shared = SharedFile::new(Arc::new(file));
-                let metadata = quietly("footer", || {
-                    ArrowReaderMetadata::load(&shared, Default::default())
-                })
-                .map_err(|e| self.wrong(index, e.to_string()))?;
+                let metadata = shared
+                    .metadata("footer")
+                    .map_err(|e| self.wrong(index, e.to_string()))?;
                 self.check_layout(index, &metadata)?;
                 return Ok(slot.set(shared.file, metadata));
             }

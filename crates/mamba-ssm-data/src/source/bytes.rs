@@ -176,7 +176,7 @@ fn send_chunks(
                 let _ = out.send(Err(Error::Damaged {
                     path: name.into(),
                     format,
-                    reason: e.to_string(),
+                    reason: format!("{e} (behind row {lines})"),
                 }));
                 return;
             }

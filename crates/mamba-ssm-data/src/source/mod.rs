@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::block::{Block, BlockSource};
-pub(crate) use self::parquet::quietly;
 use crate::features::{Feature, FeatureSteps};
 use crate::schema::{ColumnSpec, Schema};
 use crate::series::RawSeries;

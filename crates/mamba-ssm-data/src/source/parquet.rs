@@ -1,6 +1,5 @@
 //! Rows from Parquet files with named columns.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,11 +10,14 @@ use arrow::datatypes::{DataType, Float64Type, Int64Type, TimeUnit};
 use arrow::record_batch::RecordBatch;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::file::reader::Length;
 
 use super::block::check_order;
 use super::number::to_seconds;
 use super::{Block, BlockSource, OrderPolicy, ReadOptions};
+use crate::parquet_file::{SharedFile, quietly};
 use crate::schema::ColumnSpec;
+use crate::time::is_in_calendar;
 use crate::{Error, Result};
 
 /// Rows read at once.
@@ -40,9 +42,10 @@ impl<'a> ParquetReader<'a> {
     /// Opens the file and finds its columns.
     pub(super) fn open(path: &Path, options: &'a ReadOptions) -> Result<Self> {
         let name = path.display().to_string();
-        let file: File = super::bytes::open(path)?;
-        let bytes = file.metadata().map_or(0, |m| m.len());
-        let builder = quietly(&name, || ParquetRecordBatchReaderBuilder::try_new(file))?;
+        let file = SharedFile::new(Arc::new(super::bytes::open(path)?));
+        let bytes = file.len();
+        let metadata = file.metadata(&name)?;
+        let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata);
         let found: Vec<String> = builder
             .schema()
             .fields()
@@ -133,20 +136,24 @@ impl<'a> ParquetReader<'a> {
         };
         let cast = self.numbers(spec, array, &DataType::Int64)?;
         let ticks = cast.as_primitive::<Int64Type>();
-        if let Some(row) = (0..ticks.len()).find(|&i| ticks.is_null(i)) {
-            return Err(Error::NotANumber {
-                path: self.name.clone(),
-                row: self.row + row as u64 + 1,
-                column: spec.name.clone(),
-                value: "null".into(),
-                expected: "a time",
-            });
+        let mut seconds = Vec::with_capacity(ticks.len());
+        for (row, tick) in ticks.iter().enumerate() {
+            let second =
+                tick.map(|t| per_second.map_or_else(|| to_seconds(t), |per| t.div_euclid(per)));
+            match second.filter(|&s| is_in_calendar(s)) {
+                Some(second) => seconds.push(second),
+                None => {
+                    return Err(Error::NotANumber {
+                        path: self.name.clone(),
+                        row: self.row + row as u64 + 1,
+                        column: spec.name.clone(),
+                        value: tick.map_or_else(|| "null".into(), |t| t.to_string()),
+                        expected: "a time within the calendar",
+                    });
+                }
+            }
         }
-        Ok(ticks
-            .values()
-            .iter()
-            .map(|&t| per_second.map_or_else(|| to_seconds(t), |per| t.div_euclid(per)))
-            .collect())
+        Ok(seconds)
     }
 
     fn numbers(&self, spec: &ColumnSpec, array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
@@ -208,21 +215,4 @@ fn roots_of(path: &str, found: &[String], options: &ReadOptions) -> Result<Vec<u
         missing,
         found: found.to_vec(),
     })
-}
-
-/// Runs a step of the Parquet reader; what it makes of a damaged file is an error, panics too.
-pub(crate) fn quietly<T, E: std::fmt::Display>(
-    path: &str,
-    step: impl FnOnce() -> std::result::Result<T, E>,
-) -> Result<T> {
-    let damaged = |reason: String| Error::Damaged {
-        path: path.into(),
-        format: "Parquet",
-        reason,
-    };
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(step)) {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(e)) => Err(damaged(e.to_string())),
-        Err(_) => Err(damaged("the reader gave up on its content".into())),
-    }
 }

@@ -144,7 +144,15 @@ fn a_gzip_cut_short() {
     let mut zip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     zip.write_all(candles(5000).as_bytes()).unwrap();
     let bytes = zip.finish().unwrap();
-    has(&message_for(&bytes[..bytes.len() / 2]), &["gzip"]);
+    has(&message_for(&bytes[..bytes.len() / 2]), &["gzip", "row"]);
+    // Far into a large file: the lines that came before are counted.
+    let mut zip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    zip.write_all(candles(150_000).as_bytes()).unwrap();
+    let bytes = zip.finish().unwrap();
+    let message = message_for(&bytes[..bytes.len() - 1000]);
+    let (_, row) = message.split_once("behind row ").unwrap();
+    let row: usize = row.trim_end_matches(')').parse().unwrap();
+    assert!((50_000..150_000).contains(&row), "{message}");
 }
 
 #[test]
@@ -172,9 +180,34 @@ fn fewer_rows_than_a_window() {
     let options = PrepareOptions::new(&path, dir.path().join("out")).with_windows(small_windows());
     has(
         &prepare(&options).unwrap_err().to_string(),
-        &["10 rows", "16"],
+        &["c.csv", "10 rows", "16"],
     );
     assert!(!dir.path().join("out").exists());
+}
+
+#[test]
+fn a_split_without_a_window() {
+    let dir = folder();
+    let path = write(dir.path(), "c.csv", candles(100));
+    let options = PrepareOptions::new(&path, dir.path().join("out")).with_windows(small_windows());
+    has(
+        &prepare(&options).unwrap_err().to_string(),
+        &["c.csv", "validation", "16"],
+    );
+}
+
+#[test]
+fn another_files_columns_under_a_runs_transform() {
+    let dir = folder();
+    prepared(dir.path());
+    let data = Dataset::open(dir.path().join("set")).unwrap();
+    let path = write(dir.path(), "later.csv", candles(100));
+    let mut read = ReadOptions::default();
+    read.schema.columns.pop();
+    let series = read_series(path, &read).unwrap();
+    let (transform, windows) = (data.transform().clone(), small_windows());
+    let error = Dataset::with_transform(series, transform, &windows, Split::Test).unwrap_err();
+    has(&error.to_string(), &["later.csv", "`volume (log1p)`"]);
 }
 
 /// A small set, and the path of its only shard.

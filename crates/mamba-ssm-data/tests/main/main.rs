@@ -1,6 +1,8 @@
 //! The crate as its users see it: files in, batches or errors out.
 
 mod bad_input;
+#[cfg(target_os = "linux")]
+mod bounds;
 #[cfg(any(
     feature = "flex",
     feature = "cuda",

@@ -1,5 +1,6 @@
 //! Shard sets behind URLs: a web server that fails in every way, and an S3-compatible one.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use mamba_ssm_data::{
 };
 use tempfile::TempDir;
 
-use crate::server::{Answer, Request, Server};
+use crate::server::{Answer, Cutter, Request, Server};
 use crate::support::{folder, python, small_windows};
 
 /// A set of four shards, one row group each.
@@ -275,18 +276,67 @@ fn an_upload_can_be_taken_up_and_shows_its_manifest_last() {
     assert_eq!(rows(&data), rows(&Dataset::open(&out).unwrap()));
 }
 
-/// A program that is ended with the test.
-struct Program(Child);
+/// A Python program that serves something and says where in its first line; ended with the test.
+struct Program {
+    child: Child,
+    first_line: String,
+}
+
+impl Program {
+    fn start(python: &Path, args: &[&str]) -> Self {
+        let mut child = Command::new(python)
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut first_line = String::new();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        output.read_line(&mut first_line).unwrap();
+        Self { child, first_line }
+    }
+
+    /// `127.0.0.1:PORT`
+    fn address(&self) -> &str {
+        let behind = self.first_line.split("http://").nth(1);
+        let address = behind.and_then(|rest| rest.split(['/', '\n']).next());
+        address.unwrap_or_else(|| panic!("the server did not start: {}", self.first_line))
+    }
+}
 
 impl Drop for Program {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
 #[test]
-fn an_s3_compatible_store() {
+fn an_http_server_that_is_not_ours_with_connections_cut() {
+    let Some(python) = python("http.server") else {
+        return;
+    };
+    let (dir, out) = set();
+    let folder = out.to_str().unwrap();
+    let args = [
+        "-u",
+        "-m",
+        "http.server",
+        "0",
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+    ];
+    let server = Program::start(&python, &[&args[..], &[folder]].concat());
+    let cutter = Cutter::start(server.address(), 3, 100_000);
+    let data = Dataset::open_remote(&cutter.url, &quick(&dir)).unwrap();
+    assert_eq!(rows(&data), rows(&Dataset::open(&out).unwrap()));
+    assert_eq!(cutter.cuts(), 3);
+}
+
+#[test]
+fn an_s3_compatible_store_with_connections_cut() {
     let Some(python) = python("moto.server") else {
         return;
     };
@@ -301,36 +351,66 @@ fn an_s3_compatible_store() {
         aws_secret_access_key='secret').create_bucket(Bucket='candles')\n\
         print(url, flush=True)\n\
         sys.stdin.read()";
-    let mut program = Program(
-        Command::new(python)
-            .args(["-c", script])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
-    let mut line = String::new();
-    let mut output = std::io::BufReader::new(program.0.stdout.take().unwrap());
-    std::io::BufRead::read_line(&mut output, &mut line).unwrap();
-    assert!(
-        line.starts_with("http://"),
-        "the store did not start: {line}"
-    );
-
+    let server = Program::start(&python, &["-c", script]);
     let (dir, out) = set();
-    let options = quick(&dir)
-        .with_store_option("aws_endpoint", line.trim())
-        .with_store_option("aws_region", "us-east-1")
-        .with_store_option("aws_access_key_id", "key")
-        .with_store_option("aws_secret_access_key", "secret");
-    let message = Dataset::open_remote("s3://candles/btc", &options)
+    let options = |url: &str| {
+        quick(&dir)
+            .with_store_option("aws_endpoint", url)
+            .with_store_option("aws_region", "us-east-1")
+            .with_store_option("aws_access_key_id", "key")
+            .with_store_option("aws_secret_access_key", "secret")
+    };
+    let whole = options(&format!("http://{}", server.address()));
+    let message = Dataset::open_remote("s3://candles/btc", &whole)
         .unwrap_err()
         .to_string();
     assert!(message.contains("s3://candles/btc"), "{message}");
-    upload(&out, "s3://candles/btc", &options).unwrap();
-    let data = Dataset::open_remote("s3://candles/btc", &options).unwrap();
+    upload(&out, "s3://candles/btc", &whole).unwrap();
+
+    let cutter = Cutter::start(server.address(), 3, 100_000);
+    let data = Dataset::open_remote("s3://candles/btc", &options(&cutter.url)).unwrap();
     let loader = data.loader(Split::Test, &LoaderOptions::new(8).shuffled(1));
     assert_eq!(loader.unwrap().next().unwrap().unwrap().batch, 8);
     assert_eq!(rows(&data), rows(&Dataset::open(&out).unwrap()));
+    assert_eq!(cutter.cuts(), 3);
+}
+
+/// The addresses of objects are those of the two stores; the server is ours.
+#[test]
+fn gs_and_az_urls_lead_to_their_stores() {
+    let (dir, out) = set();
+    let expected = rows(&Dataset::open(&out).unwrap());
+    std::fs::create_dir(dir.path().join("bucket")).unwrap();
+    std::fs::rename(&out, dir.path().join("bucket/set")).unwrap();
+    let server = Server::start(dir.path(), |request, before| {
+        match (is_shard(request), before) {
+            (true, 0) => Answer::Cut(100_000),
+            _ => Answer::Whole,
+        }
+    });
+    for (scheme, settings) in [
+        (
+            "gs",
+            vec![
+                ("google_base_url", server.url.as_str()),
+                ("google_skip_signature", "true"),
+            ],
+        ),
+        (
+            "az",
+            vec![
+                ("azure_endpoint", server.url.as_str()),
+                ("azure_skip_signature", "true"),
+                ("azure_storage_account_name", "account"),
+            ],
+        ),
+    ] {
+        let cache = folder();
+        let options = settings.into_iter().fold(quick(&cache), |o, (key, value)| {
+            o.with_store_option(key, value)
+        });
+        let data = Dataset::open_remote(&format!("{scheme}://bucket/set"), &options);
+        let data = data.unwrap_or_else(|e| panic!("{e}: {:?}", server.requests()));
+        assert_eq!(rows(&data), expected, "{scheme}");
+    }
 }

@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+#[cfg(feature = "remote")]
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// What to do with a request.
@@ -92,10 +94,84 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // A last connection wakes the listening thread, which then finds an error.
-        let _ = self.listener.set_nonblocking(true);
-        let _ = TcpStream::connect(self.listener.local_addr().unwrap());
+        wake(&self.listener);
     }
+}
+
+/// Passes connections on to another server, and cuts the first few of them after some bytes of what comes back.
+#[cfg(feature = "remote")]
+pub struct Cutter {
+    /// `http://127.0.0.1:PORT`
+    pub url: String,
+    listener: TcpListener,
+    cuts: Arc<AtomicUsize>,
+}
+
+#[cfg(feature = "remote")]
+impl Cutter {
+    /// In front of the server at this address (`127.0.0.1:PORT`).
+    pub fn start(server: &str, connections: usize, bytes: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let cutter = Self {
+            url: format!("http://{}", listener.local_addr().unwrap()),
+            listener: listener.try_clone().unwrap(),
+            cuts: Arc::default(),
+        };
+        let (cuts, server) = (cutter.cuts.clone(), server.to_string());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(client) = stream else { return };
+                let (cuts, server) = (cuts.clone(), server.clone());
+                std::thread::spawn(move || {
+                    // Either side may go away whenever it likes.
+                    let _ = pass_on(&client, &server, &cuts, connections, bytes);
+                    let _ = client.shutdown(Shutdown::Both);
+                });
+            }
+        });
+        cutter
+    }
+
+    /// Connections that have been cut.
+    pub fn cuts(&self) -> usize {
+        self.cuts.load(Ordering::SeqCst)
+    }
+}
+
+#[cfg(feature = "remote")]
+impl Drop for Cutter {
+    fn drop(&mut self) {
+        wake(&self.listener);
+    }
+}
+
+#[cfg(feature = "remote")]
+fn pass_on(
+    client: &TcpStream,
+    server: &str,
+    cuts: &AtomicUsize,
+    most: usize,
+    bytes: u64,
+) -> std::io::Result<()> {
+    let server = TcpStream::connect(server)?;
+    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
+    std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+    let copied = std::io::copy(&mut (&server).take(bytes), &mut &*client)?;
+    let cut = |made| (made < most).then_some(made + 1);
+    if copied < bytes
+        || cuts
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, cut)
+            .is_err()
+    {
+        std::io::copy(&mut &server, &mut &*client)?;
+    }
+    server.shutdown(Shutdown::Both)
+}
+
+/// A last connection wakes the listening thread, which then finds an error.
+fn wake(listener: &TcpListener) {
+    let _ = listener.set_nonblocking(true);
+    let _ = TcpStream::connect(listener.local_addr().unwrap());
 }
 
 fn serve(
@@ -143,7 +219,10 @@ fn read_head(reader: &mut impl BufRead) -> std::io::Result<(Request, usize)> {
             .next()
             .unwrap_or_default()
             .trim_start_matches('/')
-            .into(),
+            // What some stores' clients escape in a path.
+            .replace("%2F", "/")
+            .replace("%2E", ".")
+            .replace("%2D", "-"),
         from: None,
         authorization: None,
     };
@@ -170,7 +249,8 @@ fn read_head(reader: &mut impl BufRead) -> std::io::Result<(Request, usize)> {
 fn head(mut stream: &TcpStream, status: u16, length: usize, more: &str) -> std::io::Result<()> {
     write!(
         stream,
-        "HTTP/1.1 {status} Words\r\nContent-Length: {length}\r\nConnection: close\r\n{more}\r\n"
+        "HTTP/1.1 {status} Words\r\nContent-Length: {length}\r\nConnection: close\r\n\
+        ETag: \"1\"\r\nLast-Modified: Tue, 15 Nov 1994 12:45:26 GMT\r\n{more}\r\n"
     )
 }
 

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray};
+use arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray, TimestampSecondArray};
 use arrow::datatypes::DataType;
 use arrow::record_batch::RecordBatch;
 use mamba_ssm_data::{
@@ -138,7 +138,10 @@ fn klines_in_milliseconds_and_in_microseconds_read_alike() {
             "open_time,open,high,low,close,volume,close_time,quote_volume,count,taker_buy_volume,taker_buy_quote_volume,ignore\n{text}"
         ),
     );
-    for path in [millis, micros, zipped, titled] {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(text.as_bytes()).unwrap();
+    let gzipped = write(dir.path(), "a.csv.gz", gzip.finish().unwrap());
+    for path in [millis, micros, zipped, gzipped, titled] {
         let series = read(&path);
         assert_eq!(series.timestamps, expected.timestamps, "{}", path.display());
         assert_eq!(series.columns, expected.columns, "{}", path.display());
@@ -318,6 +321,20 @@ fn bad_parquet_files_are_refused_in_words() {
         message.contains("`Volume`") && message.contains("missing"),
         "{message}"
     );
+
+    let mut late = columns(prices(vec![1.0; 9]));
+    late[0].1 = Arc::new(TimestampSecondArray::from_iter_values(
+        (0..9).map(|i| i * (i64::MAX / 8)),
+    ));
+    let message = refusal(parquet_of(dir.path(), "late.parquet", late));
+    for word in [
+        "late.parquet",
+        "row 2",
+        "`Timestamp`",
+        "within the calendar",
+    ] {
+        assert!(message.contains(word), "`{word}` is missing in: {message}");
+    }
 
     let good = parquet_of(dir.path(), "good.parquet", columns(prices(vec![1.0; 9])));
     assert_eq!(read(&good).len(), 9);

@@ -1,6 +1,7 @@
 //! Small files to read.
 
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use mamba_ssm_data::WindowOptions;
 use tempfile::TempDir;
@@ -55,12 +56,28 @@ pub fn small_windows() -> WindowOptions {
     }
 }
 
+/// This test binary, about to run one ignored test as a process of its own; `before` are words to put before it.
+pub fn child_process(before: &[&str], test: &str) -> Command {
+    let binary = std::env::current_exe().expect("the path of this program");
+    let mut words = before
+        .iter()
+        .map(std::ffi::OsString::from)
+        .chain([binary.into_os_string()]);
+    let mut command = Command::new(words.next().expect("the program"));
+    command
+        .args(words)
+        .args(["--exact", test, "--ignored", "--nocapture"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    command
+}
+
 /// A Python that has this package, by `MAMBA_TEST_PYTHON` or as `python3`; says so when there is none.
 pub fn python(package: &str) -> Option<PathBuf> {
     let program = std::env::var_os("MAMBA_TEST_PYTHON").unwrap_or_else(|| "python3".into());
-    let found = std::process::Command::new(&program)
+    let found = Command::new(&program)
         .args(["-c", &format!("import {package}")])
-        .stderr(std::process::Stdio::null())
+        .stderr(Stdio::null())
         .status()
         .is_ok_and(|s| s.success());
     if !found {

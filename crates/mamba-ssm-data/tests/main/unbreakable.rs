@@ -1,7 +1,7 @@
 //! A set is the old one or the new one, whenever `prepare` is killed and wherever the disk ends.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use mamba_ssm_data::synthetic::{MarketConfig, generate, write_csv};
@@ -9,7 +9,7 @@ use mamba_ssm_data::{Dataset, Normalised, PrepareOptions, prepare, read_series};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::support::{folder, small_windows};
+use crate::support::{child_process, folder, small_windows};
 
 const SOURCE: &str = "MAMBA_TEST_SOURCE";
 const OUTPUT: &str = "MAMBA_TEST_OUTPUT";
@@ -42,22 +42,13 @@ fn child() {
     }
 }
 
-/// This test binary, about to run [`child`]; `before` are words to put before it.
+/// A process that prepares a source.
 fn child_command(before: &[&str], source: &Path, output: &Path, memory: usize) -> Command {
-    let binary = std::env::current_exe().unwrap();
-    let mut words = before
-        .iter()
-        .map(std::ffi::OsString::from)
-        .chain([binary.into_os_string()]);
-    let mut command = Command::new(words.next().unwrap());
+    let mut command = child_process(before, "unbreakable::child");
     command
-        .args(words)
-        .args(["--exact", "unbreakable::child", "--ignored", "--nocapture"])
         .env(SOURCE, source)
         .env(OUTPUT, output)
-        .env(MEMORY, memory.to_string())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
+        .env(MEMORY, memory.to_string());
     command
 }
 

@@ -151,12 +151,17 @@ fn the_order_depends_on_seed_and_epoch_alone() {
 
 #[test]
 fn resuming_goes_on_with_the_next_batch() {
-    let (_dir, data) = set(&candles(2000), small_windows(), 1 << 20);
-    for workers in [0, 1, 3] {
-        let options = LoaderOptions::new(8).shuffled(3).with_workers(workers, 1);
+    let (dir, data) = set(&candles(2000), small_windows(), 1 << 20);
+    for (workers, rank, world) in [(0, 0, 1), (1, 0, 1), (3, 0, 1), (2, 1, 3)] {
+        let options = LoaderOptions::new(8)
+            .shuffled(3)
+            .sharded(rank, world)
+            .with_workers(workers, 1);
         let all = batches(&data, &options);
         for taken in [0, 1, 5, all.len(), all.len() + 3] {
-            let rest = batches(&data, &options.clone().skipping(taken));
+            // As another process would: nothing but the set and the position is carried over.
+            let again = Dataset::open(dir.path().join("set")).unwrap();
+            let rest = batches(&again, &options.clone().skipping(taken));
             assert_eq!(rest, all[taken.min(all.len())..], "{workers} {taken}");
         }
     }
