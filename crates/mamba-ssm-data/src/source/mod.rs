@@ -27,7 +27,8 @@ pub enum OrderPolicy {
     /// An error that names the row.
     #[default]
     Refuse,
-    /// Sort by time; of rows with the same timestamp the last one in the file stays.
+    /// Sort by time; of rows with the same timestamp the last one in the file stays. Within
+    /// [`prepare`](crate::prepare) what does not fit into its memory waits in a file, run by sorted run.
     Sort,
 }
 
