@@ -38,6 +38,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#[cfg(any(feature = "remote", feature = "fetch"))]
+mod backoff;
 mod dataset;
 #[cfg(feature = "burn")]
 mod device;

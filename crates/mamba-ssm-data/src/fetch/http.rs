@@ -4,19 +4,15 @@ use std::fs::{self, File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{Response, StatusCode, header};
 use ureq::{Agent, Body};
 
 use super::{FetchOptions, FetchProgress, FetchWatcher};
+use crate::backoff::{PROGRESS, wait_after};
 use crate::{Error, Result};
 
-/// Bytes after which a download counts as one that gets on.
-const PROGRESS: u64 = 1 << 20;
-/// The longest wait between two attempts.
-const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// The longest text that is read into memory.
 const LONGEST_TEXT: u64 = 1 << 16;
 
@@ -229,9 +225,7 @@ impl<'a> Client<'a> {
                 let reason = format!("{reason} ({failures} failures in a row)");
                 return Err(self.error(url, reason));
             }
-            let doubled = 1u32 << failures.saturating_sub(1).min(16);
-            let wait = self.options.backoff.saturating_mul(doubled);
-            std::thread::sleep(wait.min(LONGEST_WAIT));
+            std::thread::sleep(wait_after(failures, self.options.backoff));
         }
     }
 

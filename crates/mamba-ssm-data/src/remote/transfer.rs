@@ -8,12 +8,8 @@ use tokio::time::{sleep, timeout};
 
 use super::RemoteOptions;
 use super::store::Place;
+use crate::backoff::{PROGRESS, wait_after};
 use crate::{Error, Result};
-
-/// Bytes after which a transfer counts as one that gets on.
-const PROGRESS: u64 = 1 << 20;
-/// The longest wait between two attempts.
-const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// Where the bytes of a download go.
 pub(super) trait Sink: Send + 'static {
@@ -44,8 +40,7 @@ impl From<&RemoteOptions> for Patience {
 impl Patience {
     /// Waits after this many failures.
     pub(super) async fn wait(&self, failures: usize) {
-        let doubled = 1u32 << failures.saturating_sub(1).min(16);
-        sleep(self.backoff.saturating_mul(doubled).min(LONGEST_WAIT)).await;
+        sleep(wait_after(failures, self.backoff)).await;
     }
 }
 

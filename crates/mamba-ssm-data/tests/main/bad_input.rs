@@ -174,26 +174,17 @@ fn no_rows_in_the_range_of_time() {
 }
 
 #[test]
-fn fewer_rows_than_a_window() {
-    let dir = folder();
-    let path = write(dir.path(), "c.csv", candles(10));
-    let options = PrepareOptions::new(&path, dir.path().join("out")).with_windows(small_windows());
-    has(
-        &prepare(&options).unwrap_err().to_string(),
-        &["c.csv", "10 rows", "16"],
-    );
-    assert!(!dir.path().join("out").exists());
-}
-
-#[test]
-fn a_split_without_a_window() {
-    let dir = folder();
-    let path = write(dir.path(), "c.csv", candles(100));
-    let options = PrepareOptions::new(&path, dir.path().join("out")).with_windows(small_windows());
-    has(
-        &prepare(&options).unwrap_err().to_string(),
-        &["c.csv", "validation", "16"],
-    );
+fn fewer_rows_than_a_window_and_a_split_without_one() {
+    for (rows, words) in [(10, ["10 rows", "16"]), (100, ["validation", "16"])] {
+        let dir = folder();
+        let path = write(dir.path(), "c.csv", candles(rows));
+        let out = dir.path().join("out");
+        let options = PrepareOptions::new(&path, &out).with_windows(small_windows());
+        let message = prepare(&options).unwrap_err().to_string();
+        has(&message, &["c.csv"]);
+        has(&message, &words);
+        assert!(!out.exists());
+    }
 }
 
 #[test]

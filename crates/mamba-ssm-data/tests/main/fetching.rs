@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::server::{Answer, Request, Server};
-use crate::support::{candles, folder};
+use crate::support::{candles, folder, names_in};
 
 const MONTHS: &str = "data/spot/monthly/klines/BTCUSDT/1m";
 
@@ -98,16 +98,6 @@ fn kaggle(server: &Server, output: &Path) -> Result<PathBuf> {
     })
 }
 
-/// The names in a folder, sorted.
-fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
-}
-
 fn is_archive(request: &Request) -> bool {
     request.path.ends_with(".zip") || request.path.ends_with("candles")
 }
@@ -151,7 +141,7 @@ fn months_come_checked_and_are_not_fetched_twice() {
         ],
         [1, 2, 2]
     );
-    assert_eq!(names(out.path()).len(), 3);
+    assert_eq!(names_in(out.path()).len(), 3);
 }
 
 #[test]
@@ -200,7 +190,7 @@ fn connections_that_are_cut_or_stall_or_are_refused_for_now() {
             .collect();
         let second = resumed.then_some(50_000);
         assert_eq!(asked, [None, second], "{failure:?}");
-        assert_eq!(names(out.path()).len(), 4, "{failure:?}");
+        assert_eq!(names_in(out.path()).len(), 4, "{failure:?}");
     }
 }
 
@@ -232,7 +222,7 @@ fn failures_that_last_say_what_failed_and_keep_what_came() {
             true => &["BTCUSDT-1m-2024-11.zip.part"],
             false => &[],
         };
-        assert_eq!(names(out.path()), expected, "{answer:?}");
+        assert_eq!(names_in(out.path()), expected, "{answer:?}");
     }
 }
 
@@ -278,7 +268,7 @@ fn a_download_that_was_stopped_goes_on_the_next_time() {
         },
     );
     assert!(matches!(outcome, Err(Error::Cancelled)));
-    assert_eq!(names(out.path()), ["BTCUSDT-1m-2024-11.zip.part"]);
+    assert_eq!(names_in(out.path()), ["BTCUSDT-1m-2024-11.zip.part"]);
     binance(&server, out.path()).unwrap();
     let second = &server.requests()[3];
     assert!(
@@ -297,7 +287,7 @@ fn parts_that_do_not_fit_are_thrown_away() {
         std::fs::write(part, vec![7; length]).unwrap();
         let _ = std::fs::remove_file(out.path().join("BTCUSDT-1m-2024-11.zip"));
         binance(&server, out.path()).unwrap();
-        assert_eq!(names(out.path()).len(), 3);
+        assert_eq!(names_in(out.path()).len(), 3);
     }
 }
 

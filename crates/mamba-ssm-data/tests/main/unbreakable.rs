@@ -9,7 +9,7 @@ use mamba_ssm_data::{Dataset, Normalised, PrepareOptions, prepare, read_series};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::support::{child_process, folder, small_windows};
+use crate::support::{child_process, folder, names_in, small_windows};
 
 const SOURCE: &str = "MAMBA_TEST_SOURCE";
 const OUTPUT: &str = "MAMBA_TEST_OUTPUT";
@@ -62,15 +62,6 @@ fn rows_of(source: &Path) -> Normalised {
 /// The rows of a set, every checksum verified.
 fn rows_in(folder: &Path) -> Normalised {
     (*Dataset::open(folder).unwrap().rows().unwrap()).clone()
-}
-
-fn names_in(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]

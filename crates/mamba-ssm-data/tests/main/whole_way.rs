@@ -7,7 +7,7 @@ use mamba_ssm_data::{
     WindowOptions, prepare, read_series,
 };
 
-use crate::support::{HEADER, candle_rows, candles, folder, price, small_windows, write};
+use crate::support::{HEADER, candle_rows, candles, folder, names_in, price, small_windows, write};
 
 fn set(text: &str, windows: WindowOptions, shard_bytes: usize) -> (tempfile::TempDir, Dataset) {
     let dir = folder();
@@ -256,10 +256,6 @@ fn preparing_again_replaces_the_set_as_a_whole() {
     prepare(&options).unwrap();
     let second = Dataset::open(dir.path().join("set")).unwrap();
     assert_eq!((first.len(), second.len()), (1000, 1500));
-    let mut names: Vec<String> = std::fs::read_dir(dir.path().join("set"))
-        .unwrap()
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
+    let names = names_in(&dir.path().join("set"));
     assert_eq!(names, [".lock", "manifest.json", "set-000002"]);
 }
