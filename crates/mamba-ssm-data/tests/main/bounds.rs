@@ -78,6 +78,8 @@ fn load(set: &str) -> usize {
 fn needed(task: &str, from: &Path, to: &Path) -> usize {
     let output = child_process(&[], "bounds::child")
         .env(TASK, task)
+        // What is on its way grows with the number of threads.
+        .env("RAYON_NUM_THREADS", "2")
         .env(FROM, from)
         .env(TO, to)
         .output()

@@ -276,6 +276,9 @@ fn an_upload_can_be_taken_up_and_shows_its_manifest_last() {
     assert_eq!(rows(&data), rows(&Dataset::open(&out).unwrap()));
 }
 
+/// For servers that take their time on a busy machine.
+const PATIENT: Duration = Duration::from_secs(30);
+
 /// A Python program that serves something and says where in its first line; ended with the test.
 struct Program {
     child: Child,
@@ -330,7 +333,8 @@ fn an_http_server_that_is_not_ours_with_connections_cut() {
     ];
     let server = Program::start(&python, &[&args[..], &[folder]].concat());
     let cutter = Cutter::start(server.address(), 3, 100_000);
-    let data = Dataset::open_remote(&cutter.url, &quick(&dir)).unwrap();
+    let options = quick(&dir).with_stall(PATIENT);
+    let data = Dataset::open_remote(&cutter.url, &options).unwrap();
     assert_eq!(rows(&data), rows(&Dataset::open(&out).unwrap()));
     assert_eq!(cutter.cuts(), 3);
 }
@@ -355,6 +359,7 @@ fn an_s3_compatible_store_with_connections_cut() {
     let (dir, out) = set();
     let options = |url: &str| {
         quick(&dir)
+            .with_stall(PATIENT)
             .with_store_option("aws_endpoint", url)
             .with_store_option("aws_region", "us-east-1")
             .with_store_option("aws_access_key_id", "key")
