@@ -119,7 +119,7 @@ fn four_times_the_rows_need_no_more_memory() {
         });
         println!("{task}: {small:?} MB, {large:?} MB");
         // The rows that are more take 58 MB while they are prepared, and 24 MB in batches.
-        assert!(large.0 < small.0 + 20, "{task}: {small:?} MB, {large:?} MB");
+        assert!(large.0 < small.0 + 32, "{task}: {small:?} MB, {large:?} MB");
         assert!(large.1 < small.1 + 16, "load: {small:?} MB, {large:?} MB");
         let data = Dataset::open(&set).unwrap();
         assert_eq!(data.len(), ROWS[1]);
