@@ -56,7 +56,8 @@ fn leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     }
 }
 
-/// Times `run` on plain tensors, and with its gradients on tracked ones. `inputs` draws what is passed.
+/// Times `run` on plain tensors, and with its gradients on tracked ones (those of the sum of what it
+/// returns). `inputs` draws what is passed.
 ///
 /// Calls are queued one behind the other and waited for together, as in the stack of a model: what a
 /// call costs the device, or the host where that is slower.
@@ -73,16 +74,10 @@ fn both<I: Clone, const D: usize>(
         bench.iter_custom(|calls| queue(&device, calls, || run(plain.clone())));
     });
     let leaves = inputs(&tracked);
-    let dims = run(plain).dims();
+    drop(run(plain));
     group.bench_function(format!("{name}/forward and backward"), |bench| {
-        bench.iter_custom(|calls| queue(&device, calls, || pull(run(leaves.clone()), dims)));
+        bench.iter_custom(|calls| queue(&device, calls, || run(leaves.clone()).backward()));
     });
-}
-
-/// The gradients of `sum(y)`.
-fn pull<const D: usize>(y: Tensor<D>, dims: [usize; D]) -> burn::tensor::Gradients {
-    debug_assert_eq!(y.dims(), dims);
-    y.sum().backward()
 }
 
 /// The time of `calls` runs of `work`, all of them finished.

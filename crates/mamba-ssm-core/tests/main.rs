@@ -3,6 +3,7 @@
 
 mod conv_and_norm;
 mod kernels;
+mod kernels_local;
 mod layers;
 mod selective_scan;
 mod ssd;

@@ -1,6 +1,5 @@
 //! Which devices have implementations of their own.
 
-use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device};
 
 /// Whether the device has kernels for operands of a type; where not, the definition runs.
@@ -8,7 +7,7 @@ pub(crate) fn has_kernels(device: &Device, dtype: DType) -> bool {
     let device = device.clone().inner();
     match device.as_dispatch() {
         #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => false,
+        burn::backend::DispatchDevice::Flex(_) => false,
         _ => cfg!(feature = "cubecl") && matches!(dtype, DType::F32 | DType::F16 | DType::BF16),
     }
 }

@@ -1,10 +1,18 @@
 //! Depthwise causal convolution over time, with an optional SiLU.
 
+mod autodiff;
+mod backend;
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
 mod reference;
 
-use burn::tensor::Tensor;
+use backend::{ConvBackend, Operands};
+use burn::backend::Dispatch;
+use burn::tensor::{FloatDType, Tensor};
+
+use crate::ops::device::has_kernels;
+use crate::ops::optional::Optional;
+use crate::ops::precision::{narrow_to, widen};
 
 /// The operands of [`causal_conv1d`].
 ///
@@ -80,5 +88,41 @@ pub fn causal_conv1d(input: ConvInput) -> ConvOutput {
             "causal_conv1d: the initial state must be [batch, width - 1, channels]"
         );
     }
-    reference::causal_conv1d(input)
+    if has_kernels(&input.x.device(), input.x.dtype()) {
+        native(input)
+    } else {
+        reference::causal_conv1d(input)
+    }
+}
+
+/// The device's own implementation.
+fn native(input: ConvInput) -> ConvOutput {
+    let f32 = FloatDType::F32;
+    let [batch, length, channels] = input.x.dims();
+    let [_, width] = input.weight.dims();
+    let x = input.x;
+    let dtype = x.dtype();
+    let past = input.initial_state.filter(|_| width > 1);
+    let final_state = match (width - 1, &past) {
+        // Burn neither joins nor narrows to an empty axis.
+        (0, _) => Tensor::zeros([batch, 0, channels], (&x.device(), dtype)),
+        (before, _) if length >= before => x.clone().narrow(1, length - before, before),
+        (before, past) => {
+            let past = past.clone().map_or_else(
+                || Tensor::zeros([batch, before, channels], (&x.device(), dtype)),
+                |past| narrow_to(past, dtype),
+            );
+            Tensor::cat(vec![past.narrow(1, length, before - length), x.clone()], 1)
+        }
+    };
+    let operands = Operands {
+        x: x.into_dispatch(),
+        weight: widen(input.weight, f32).into_dispatch(),
+        bias: Optional::of(input.bias.map(|bias| widen(bias, f32))),
+        initial_state: Optional::of(past.map(|past| widen(past, f32))),
+    };
+    ConvOutput {
+        y: Tensor::from_dispatch(Dispatch::causal_conv1d(operands, input.activation)),
+        final_state,
+    }
 }

@@ -81,6 +81,14 @@ impl Product {
     fn blocks(&self) -> usize {
         self.m / SIDE * self.columns()
     }
+
+    /// Whether the blocks of every plane lie in one column, so that a plane reads the right operand once
+    /// for all of them.
+    fn in_strips(&self, team: Team) -> bool {
+        self.batch == 1
+            && team.planes.is_multiple_of(self.columns())
+            && self.blocks().is_multiple_of(team.planes)
+    }
 }
 
 /// Where element `(row, column)` of a matrix lies.
@@ -172,6 +180,27 @@ fn multiply<E: Float>(
 
 #[cube]
 fn product_matrix<E: Float>(
+    a: &Shared<[E]>,
+    b: &Shared<[E]>,
+    out: &mut Shared<[f32]>,
+    first: usize,
+    #[comptime] p: Product,
+    #[comptime] team: Team,
+) {
+    if comptime!(p.in_strips(team)) {
+        let mut sum = new_sum(p, team);
+        if comptime!(p.add) {
+            load_sum(&mut sum, &*out, p, team);
+        }
+        add_strips::<E>(a, b, &sum, first, p, team);
+        store_sum(&sum, out, p, team);
+    } else {
+        product_blocks::<E>(a, b, out, first, p, team);
+    }
+}
+
+#[cube]
+fn product_blocks<E: Float>(
     a: &Shared<[E]>,
     b: &Shared<[E]>,
     out: &mut Shared<[f32]>,
@@ -300,6 +329,72 @@ pub(crate) fn new_sum(#[comptime] p: Product, #[comptime] team: Team) -> Sum {
     sum
 }
 
+/// What a tile holds, as a sum of blocks in strips.
+#[cube]
+fn load_sum(sum: &mut Sum, out: &Shared<[f32]>, #[comptime] p: Product, #[comptime] team: Team) {
+    let out_len = out.len();
+    let plane = UNIT_POS as usize / PLANE_DIM as usize;
+    #[unroll]
+    for n in 0..comptime!(shares(p, team)) {
+        let block = plane + comptime!(n * team.planes);
+        let i = block / comptime!(p.columns());
+        let j = block % comptime!(p.columns());
+        let place = at(0usize, i * SIDE, j * SIDE, p.out);
+        cubecl::cmma::load_with_layout(
+            &mut sum.fragments[n],
+            &out[place..out_len],
+            comptime!(p.out.stride as u32).runtime(),
+            MatrixLayout::RowMajor,
+        );
+    }
+}
+
+/// Adds a product to a sum whose planes own blocks of one column each.
+#[cube]
+fn add_strips<E: Float>(
+    a: &Shared<[E]>,
+    b: &Shared<[E]>,
+    sum: &Sum,
+    first: usize,
+    #[comptime] p: Product,
+    #[comptime] team: Team,
+) {
+    let a_len = a.len();
+    let b_len = b.len();
+    let plane = UNIT_POS as usize / PLANE_DIM as usize;
+    let j = plane % comptime!(p.columns());
+    let top = plane / comptime!(p.columns());
+    for k in 0..comptime!(p.k / SIDE) {
+        let right = at(first, k * SIDE, j * SIDE, p.b);
+        let right = Matrix::<E>::from_slice(
+            MatrixIdent::B,
+            SIDE,
+            SIDE,
+            SIDE,
+            comptime!(p.b.layout()),
+            &b[right..b_len],
+            comptime!(p.b.stride as u32).runtime(),
+        );
+        #[unroll]
+        for n in 0..comptime!(shares(p, team)) {
+            let i = top + comptime!(n * team.planes / p.columns());
+            if k >= inner_from(i, p.part) && k < inner_to(i, comptime!(p.k / SIDE), p.part) {
+                let left = at(first, i * SIDE, k * SIDE, p.a);
+                let left = Matrix::<E>::from_slice(
+                    MatrixIdent::A,
+                    SIDE,
+                    SIDE,
+                    SIDE,
+                    comptime!(p.a.layout()),
+                    &a[left..a_len],
+                    comptime!(p.a.stride as u32).runtime(),
+                );
+                cubecl::cmma::execute(&left, &right, &sum.fragments[n], &sum.fragments[n]);
+            }
+        }
+    }
+}
+
 /// Adds a product to a sum.
 #[cube]
 pub(crate) fn add_product<E: Float>(
@@ -309,7 +404,9 @@ pub(crate) fn add_product<E: Float>(
     #[comptime] p: Product,
     #[comptime] team: Team,
 ) {
-    if comptime!(team.matrix) {
+    if comptime!(team.matrix && p.in_strips(team)) {
+        add_strips::<E>(a, b, &*sum, 0usize, p, team);
+    } else if comptime!(team.matrix) {
         let plane = UNIT_POS as usize / PLANE_DIM as usize;
         #[unroll]
         for n in 0..comptime!(shares(p, team)) {

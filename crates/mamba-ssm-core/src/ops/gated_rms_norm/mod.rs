@@ -1,10 +1,18 @@
 //! Root-mean-square normalisation with a SiLU gate, as Mamba-2 closes its inner block.
 
+mod autodiff;
+mod backend;
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
 mod reference;
 
-use burn::tensor::Tensor;
+use backend::{NormBackend, Operands, Spec};
+use burn::backend::Dispatch;
+use burn::tensor::{FloatDType, Tensor};
+
+use crate::ops::device::has_kernels;
+use crate::ops::optional::Optional;
+use crate::ops::precision::{narrow_to, widen};
 
 /// The operands of [`gated_rms_norm`].
 #[derive(Debug, Clone)]
@@ -82,5 +90,19 @@ pub fn gated_rms_norm(input: GatedNormInput, options: &GatedNormOptions) -> Tens
         group > 0 && dim.is_multiple_of(group),
         "gated_rms_norm: dim = {dim} is not a multiple of group_size = {group}"
     );
-    reference::gated_rms_norm(input, group, options)
+    let dtype = input.x.dtype();
+    if !has_kernels(&input.x.device(), dtype) {
+        return reference::gated_rms_norm(input, group, options);
+    }
+    let operands = Operands {
+        x: input.x.into_dispatch(),
+        z: Optional::of(input.z.map(|z| narrow_to(z, dtype))),
+        weight: widen(input.weight, FloatDType::F32).into_dispatch(),
+    };
+    let spec = Spec {
+        group,
+        eps: options.eps,
+        norm_before_gate: options.norm_before_gate,
+    };
+    Tensor::from_dispatch(Dispatch::gated_rms_norm(operands, spec))
 }

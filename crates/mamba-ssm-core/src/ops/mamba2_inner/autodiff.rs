@@ -10,6 +10,7 @@ use burn::backend::{Autodiff, Backend};
 
 use super::InnerSpec;
 use super::backend::{InnerBackend, Operands};
+use crate::ops::optional::register;
 
 #[derive(Debug)]
 struct Inner;
@@ -50,11 +51,11 @@ impl<B: InnerBackend> Backward<B, 7> for Inner {
             found.d,
             found.norm_weight,
         ];
-        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, gradient);
-            }
-        }
+        register::<B, 7>(
+            ops.parents.map(|parent| parent.map(|node| node.id)),
+            gradients,
+            grads,
+        );
     }
 }
 

@@ -8,7 +8,7 @@ mod backend;
 mod cube;
 
 use backend::{InnerBackend, Operands};
-use burn::backend::{Dispatch, DispatchDevice};
+use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Tensor};
 
 use crate::ops::device::has_kernels;
@@ -59,13 +59,7 @@ pub(crate) struct InnerInput {
 
 /// Whether the device runs the block as one operator.
 pub(crate) fn is_native(zxbcdt: &Tensor<3>) -> bool {
-    let device = zxbcdt.device();
-    let flex = match device.clone().inner().as_dispatch() {
-        #[cfg(feature = "flex")]
-        DispatchDevice::Flex(_) => true,
-        _ => false,
-    };
-    !flex && has_kernels(&device, zxbcdt.dtype())
+    has_kernels(&zxbcdt.device(), zxbcdt.dtype())
 }
 
 /// `gated_rms_norm(ssd(silu(conv(x, B, C)), dt), z)` from the empty state: `[batch, length, d_inner]`.

@@ -16,6 +16,7 @@ use burn::backend::{Autodiff, Backend, TensorMetadata};
 use burn::tensor::Shape;
 
 use super::backend::{Operands, Spec, SsdBackend};
+use crate::ops::optional::register;
 
 #[derive(Debug)]
 struct FinalState;
@@ -60,11 +61,11 @@ impl<B: SsdBackend> Backward<B, 8> for FinalState {
             found.dt_bias,
             found.initial_state,
         ];
-        for (parent, gradient) in ops.parents.into_iter().zip(gradients) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, gradient);
-            }
-        }
+        register::<B, 8>(
+            ops.parents.map(|parent| parent.map(|node| node.id)),
+            gradients,
+            grads,
+        );
     }
 }
 

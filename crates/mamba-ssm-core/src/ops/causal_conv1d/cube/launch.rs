@@ -38,7 +38,7 @@ pub(crate) struct ConvGradients {
     pub(crate) weight: CubeTensor,
     /// `[channels]`.
     pub(crate) bias: CubeTensor,
-    /// `[batch, width - 1, channels]`; one element where there is no initial state.
+    /// `[batch, max(width - 1, 1), channels]`; anything where there is no initial state.
     pub(crate) initial: CubeTensor,
 }
 
@@ -134,10 +134,8 @@ impl Conv {
         let (width, channels) = (plan.width, self.channels);
         let like = &self.x.tensor;
         let rows = empty_like(like, [self.runs(), width + 1, channels], DType::F32);
-        let dinitial = match &self.initial {
-            Some(_) => empty_like(like, [self.batch, width - 1, channels], DType::F32),
-            None => empty_like(like, [16, 1, 1], DType::F32),
-        };
+        let before = (width - 1).max(1);
+        let dinitial = empty_like(like, [self.batch, before, channels], DType::F32);
         backward_kernel::launch(
             &like.client,
             count,

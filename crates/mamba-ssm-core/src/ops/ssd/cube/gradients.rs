@@ -35,13 +35,17 @@ struct Terms {
     carried: Shared<[f32]>,
     /// `exp(s[Q] - s) x.(g B)`, in parts.
     added: Shared<[f32]>,
-    /// Sums of the rows and columns of `V` below the diagonal, and the diagonal.
+    /// Sums of the rows and columns of `V` below the diagonal, in parts, and the diagonal.
     rows: Shared<[f32]>,
     columns: Shared<[f32]>,
     diagonal: Shared<[f32]>,
-    /// `<h, g>`, in parts.
+    /// `<h, g>`, in parts, and in few parts.
     kept: Shared<[f32]>,
+    few: Shared<[f32]>,
 }
+
+/// Parts of `<h, g>` that are added last.
+pub(super) const KEPT: usize = 8;
 
 /// Parts in which a sum over a head's channels is taken, so that all units have work.
 pub(super) fn parts(plan: Plan) -> usize {
@@ -53,6 +57,16 @@ pub(super) fn kept_parts(plan: Plan) -> usize {
     (plan.team.units / plan.heads).max(1)
 }
 
+/// Parts in which the rows and columns of a tokens-by-tokens tile are summed.
+pub(super) fn pair_parts(plan: Plan) -> usize {
+    (plan.team.units / (2 * plan.chunk)).clamp(1, plan.chunk)
+}
+
+/// Parts in which a sum over the chunk's tokens is taken for every channel.
+pub(super) fn skip_parts(plan: Plan) -> usize {
+    (plan.team.units / (plan.heads * plan.headdim)).clamp(1, plan.chunk)
+}
+
 #[cube]
 fn new_terms(#[comptime] plan: Plan) -> Terms {
     let size = comptime!(plan.chunk * plan.heads);
@@ -61,10 +75,11 @@ fn new_terms(#[comptime] plan: Plan) -> Terms {
         sum: Shared::new_slice(size),
         carried: Shared::new_slice(comptime!(plan.chunk * plan.heads * parts(plan))),
         added: Shared::new_slice(comptime!(plan.chunk * plan.heads * parts(plan))),
-        rows: Shared::new_slice(size),
-        columns: Shared::new_slice(size),
+        rows: Shared::new_slice(comptime!(plan.chunk * plan.heads * pair_parts(plan))),
+        columns: Shared::new_slice(comptime!(plan.chunk * plan.heads * pair_parts(plan))),
         diagonal: Shared::new_slice(size),
         kept: Shared::new_slice(comptime!(plan.heads * kept_parts(plan))),
+        few: Shared::new_slice(comptime!(plan.heads * KEPT)),
     }
 }
 
@@ -185,9 +200,9 @@ pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Si
             team,
         );
         mix::<E>(&scores, &terms.step, &terms.sum, &mut mixing, false, plan);
-        inner_of_states::<E>(&h_tile, &g_tile, &mut terms.kept, plan);
+        inner_of_states::<E, VN>(&h_tile, &g_tile, &mut terms.kept, plan);
         sync_cube();
-        inner_of_tokens::<E>(
+        inner_of_tokens::<E, VX>(
             &dy_tile,
             &stage,
             &terms.sum,
@@ -205,9 +220,9 @@ pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Si
             team,
         );
         sync_cube();
-        inner_of_tokens::<E>(&x_tile, &stage, &terms.sum, &mut terms.added, true, plan);
+        inner_of_tokens::<E, VX>(&x_tile, &stage, &terms.sum, &mut terms.added, true, plan);
         sync_cube();
-        decay_to_end(&mut stage, &terms.sum, plan);
+        decay_to_end::<VX>(&mut stage, &terms.sum, plan);
         sync_cube();
         product::<E>(
             &mixing,
@@ -231,8 +246,8 @@ pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Si
             plan,
         );
         if comptime!(plan.skip) {
-            let row = (batch * call.chunks + chunk) * width + channel;
-            skip_terms::<E>(&x_tile, &dy_tile, dd, row, plan);
+            let row = (batch * call.chunks + chunk) * comptime!(skip_parts(plan));
+            skip_terms::<E>(&x_tile, &dy_tile, dd, row * width + channel, width, plan);
         }
         for head in 0..comptime!(plan.heads) {
             sync_cube();
@@ -250,8 +265,9 @@ pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Si
             sum_pairs(&stage, &mut terms, head, plan);
         }
         sync_cube();
-        weigh::<E>(&mut x_tile, &mut dy_tile, &terms.step, &terms.sum, plan);
+        weigh::<E, VX>(&mut x_tile, &mut dy_tile, &terms.step, &terms.sum, plan);
         sync_cube();
+        gather_steps(&mut terms, plan);
         add_product::<E>(
             &dy_tile,
             &h_tile,
@@ -266,6 +282,7 @@ pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Si
             comptime!(plan.onto_state()),
             team,
         );
+        sync_cube();
         store_steps(
             &terms, a, batch, chunk, first_head, dsteps, decays, call, plan,
         );
@@ -294,43 +311,60 @@ pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Si
     let to = (part * entries + batch) * call.length + token;
     store_sum(&sum_c, &mut stage, comptime!(plan.onto_state()), team);
     sync_cube();
-    store_rows::<O>(&stage, rows, to, state_column, dc, &call.dc, plan);
+    store_rows::<O, VN>(&stage, rows, to, state_column, dc, &call.dc, plan);
     sync_cube();
     store_sum(&sum_b, &mut stage, comptime!(plan.onto_state()), team);
     sync_cube();
-    store_rows::<O>(&stage, rows, to, state_column, db, &call.db, plan);
+    store_rows::<O, VN>(&stage, rows, to, state_column, db, &call.db, plan);
 }
 
 /// `<h, g>` of every head, in parts.
 #[cube]
-fn inner_of_states<E: Float>(
+fn inner_of_states<E: Float, V: Size>(
     h: &Shared<[E]>,
     g: &Shared<[E]>,
     kept: &mut Shared<[f32]>,
     #[comptime] plan: Plan,
 ) {
     let count = comptime!(kept_parts(plan));
+    let vectors = comptime!(plan.state_padded() / plan.vector_n);
+    let h = h.as_vectorized().with_vector_size::<V>();
+    let g = g.as_vectorized().with_vector_size::<V>();
     let mut n = UNIT_POS as usize;
     while n < comptime!(plan.heads * kept_parts(plan)) {
         let head = n / count;
-        let mut sum = 0.0f32;
+        let mut sum = Vector::<f32, V>::new(0.0f32);
         let mut place = n % count;
-        while place < comptime!(plan.headdim_padded() * plan.state_padded()) {
-            let row =
-                head * comptime!(plan.headdim_padded()) + place / comptime!(plan.state_padded());
-            let at = row * comptime!(plan.stride_n()) + place % comptime!(plan.state_padded());
-            sum += f32::cast_from(h[at]) * f32::cast_from(g[at]);
+        while place < comptime!(plan.headdim_padded() * plan.state_padded() / plan.vector_n) {
+            let row = head * comptime!(plan.headdim_padded()) + place / vectors;
+            let at = row * comptime!(plan.stride_n() / plan.vector_n) + place % vectors;
+            let (h, g) = (
+                Vector::<f32, V>::cast_from(h[at]),
+                Vector::<f32, V>::cast_from(g[at]),
+            );
+            sum = fma(h, g, sum);
             place += count;
         }
-        kept[n] = sum;
+        kept[n] = lanes_sum::<V>(sum, comptime!(plan.vector_n));
         n += comptime!(plan.team.units);
     }
+}
+
+/// The sum of a vector's elements.
+#[cube]
+fn lanes_sum<V: Size>(vector: Vector<f32, V>, #[comptime] size: usize) -> f32 {
+    let mut sum = 0.0f32;
+    #[unroll]
+    for lane in 0..size {
+        sum += vector.extract(lane);
+    }
+    sum
 }
 
 /// The product of every token's channels in a tile with those in the stage, by head, in parts, times the
 /// decay since the chunk's start or up to its end.
 #[cube]
-fn inner_of_tokens<E: Float>(
+fn inner_of_tokens<E: Float, V: Size>(
     tile: &Shared<[E]>,
     stage: &Shared<[f32]>,
     sum: &Shared<[f32]>,
@@ -339,41 +373,44 @@ fn inner_of_tokens<E: Float>(
     #[comptime] plan: Plan,
 ) {
     let count = comptime!(parts(plan));
+    let tile = tile.as_vectorized().with_vector_size::<V>();
+    let stage = stage.as_vectorized().with_vector_size::<V>();
     let mut n = UNIT_POS as usize;
     while n < comptime!(plan.chunk * plan.heads * parts(plan)) {
         let row = n / count % comptime!(plan.chunk);
         let head = n / count / comptime!(plan.chunk);
-        let first = head * comptime!(plan.headdim_padded());
-        let mut inner = 0.0f32;
+        let first = head * comptime!(plan.headdim_padded() / plan.vector_x);
+        let mut inner = Vector::<f32, V>::new(0.0f32);
         let mut p = n % count;
-        while p < comptime!(plan.headdim) {
-            let a = f32::cast_from(tile[row * comptime!(plan.stride_x()) + first + p]);
-            inner = fma(
-                a,
-                stage[row * comptime!(plan.stride_stage()) + first + p],
-                inner,
-            );
+        while p < comptime!(plan.headdim / plan.vector_x) {
+            let left = tile[row * comptime!(plan.stride_x() / plan.vector_x) + first + p];
+            let right = stage[row * comptime!(plan.stride_stage() / plan.vector_x) + first + p];
+            inner = fma(Vector::<f32, V>::cast_from(left), right, inner);
             p += count;
         }
         let mut decay = sum[head * comptime!(plan.chunk) + row];
         if comptime!(to_end) {
             decay = sum[head * comptime!(plan.chunk) + comptime!(plan.chunk - 1)] - decay;
         }
-        out[n] = inner * decay.exp();
+        out[n] = lanes_sum::<V>(inner, comptime!(plan.vector_x)) * decay.exp();
         n += comptime!(plan.team.units);
     }
 }
 
 /// `stage[j] *= exp(s[Q] - s[j])`.
 #[cube]
-fn decay_to_end(stage: &mut Shared<[f32]>, sum: &Shared<[f32]>, #[comptime] plan: Plan) {
+fn decay_to_end<V: Size>(stage: &mut Shared<[f32]>, sum: &Shared<[f32]>, #[comptime] plan: Plan) {
+    let vectors = comptime!(plan.channels() / plan.vector_x);
+    let stage = stage.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut n = UNIT_POS as usize;
-    while n < comptime!(plan.chunk * plan.channels()) {
-        let row = n / comptime!(plan.channels());
-        let column = n % comptime!(plan.channels());
-        let first = column / comptime!(plan.headdim_padded()) * comptime!(plan.chunk);
-        let place = row * comptime!(plan.stride_stage()) + column;
-        stage[place] *= (sum[first + comptime!(plan.chunk - 1)] - sum[first + row]).exp();
+    while n < comptime!(plan.chunk * plan.channels() / plan.vector_x) {
+        let row = n / vectors;
+        let column = n % vectors;
+        let head = column / comptime!(plan.headdim_padded() / plan.vector_x);
+        let first = head * comptime!(plan.chunk);
+        let place = row * comptime!(plan.stride_stage() / plan.vector_x) + column;
+        let decay = (sum[first + comptime!(plan.chunk - 1)] - sum[first + row]).exp();
+        stage[place] = stage[place] * Vector::new(decay);
         n += comptime!(plan.team.units);
     }
 }
@@ -429,18 +466,23 @@ fn skip_terms<E: Float>(
     dy_tile: &Shared<[E]>,
     dd: &mut [f32],
     to: usize,
+    width: usize,
     #[comptime] plan: Plan,
 ) {
+    let channels = comptime!(plan.heads * plan.headdim);
     let mut n = UNIT_POS as usize;
-    while n < comptime!(plan.heads * plan.headdim) {
-        let head = n / comptime!(plan.headdim);
-        let column = head * comptime!(plan.headdim_padded()) + n % comptime!(plan.headdim);
+    while n < comptime!(plan.heads * plan.headdim * skip_parts(plan)) {
+        let (part, channel) = (n / channels, n % channels);
+        let head = channel / comptime!(plan.headdim);
+        let column = head * comptime!(plan.headdim_padded()) + channel % comptime!(plan.headdim);
         let mut sum = 0.0f32;
-        for row in 0..comptime!(plan.chunk) {
+        let mut row = part;
+        while row < comptime!(plan.chunk) {
             let place = row * comptime!(plan.stride_x()) + column;
             sum += f32::cast_from(x_tile[place]) * f32::cast_from(dy_tile[place]);
+            row += comptime!(skip_parts(plan));
         }
-        dd[to + n] = sum;
+        dd[to + part * width + channel] = sum;
         n += comptime!(plan.team.units);
     }
 }
@@ -480,26 +522,31 @@ fn pair_terms(
 #[cube]
 fn sum_pairs(stage: &Shared<[f32]>, terms: &mut Terms, head: usize, #[comptime] plan: Plan) {
     let chunk = comptime!(plan.chunk);
+    let each = comptime!(plan.chunk.div_ceil(pair_parts(plan)));
     let first = head * chunk;
     let mut n = UNIT_POS as usize;
-    while n < comptime!(2 * plan.chunk) {
+    while n < comptime!(2 * plan.chunk * pair_parts(plan)) {
+        let own = n % chunk;
+        let part = n / chunk % comptime!(pair_parts(plan));
+        let from = part * each;
+        let to = min(from + each, chunk);
         let mut sum = 0.0f32;
-        if n < chunk {
-            for k in 0..chunk {
+        if n < comptime!(plan.chunk * pair_parts(plan)) {
+            for k in from..to {
                 // Every row starts at another column, so that units read different banks.
-                let j = (k + n) % chunk;
+                let j = (k + own) % chunk;
                 sum = fma(
-                    stage[n * comptime!(plan.stride_stage()) + j],
+                    stage[own * comptime!(plan.stride_stage()) + j],
                     terms.step[first + j],
                     sum,
                 );
             }
-            terms.rows[first + n] = sum;
+            terms.rows[part * comptime!(plan.chunk * plan.heads) + first + own] = sum;
         } else {
-            for i in 0..chunk {
-                sum += stage[i * comptime!(plan.stride_stage()) + n - chunk];
+            for i in from..to {
+                sum += stage[i * comptime!(plan.stride_stage()) + own];
             }
-            terms.columns[first + n - chunk] = sum;
+            terms.columns[part * comptime!(plan.chunk * plan.heads) + first + own] = sum;
         }
         n += comptime!(plan.team.units);
     }
@@ -507,23 +554,66 @@ fn sum_pairs(stage: &Shared<[f32]>, terms: &mut Terms, head: usize, #[comptime] 
 
 /// `x[j] *= exp(s[Q] - s[j]) dt[j]` and `dy[i] *= exp(s[i])`.
 #[cube]
-fn weigh<E: Float>(
+fn weigh<E: Float, V: Size>(
     x_tile: &mut Shared<[E]>,
     dy_tile: &mut Shared<[E]>,
     step: &Shared<[f32]>,
     sum: &Shared<[f32]>,
     #[comptime] plan: Plan,
 ) {
+    let vectors = comptime!(plan.channels() / plan.vector_x);
+    let x_tile = x_tile.as_vectorized_mut().with_vector_size_mut::<V>();
+    let dy_tile = dy_tile.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut n = UNIT_POS as usize;
-    while n < comptime!(plan.chunk * plan.channels()) {
-        let row = n / comptime!(plan.channels());
-        let column = n % comptime!(plan.channels());
-        let first = column / comptime!(plan.headdim_padded()) * comptime!(plan.chunk);
-        let place = row * comptime!(plan.stride_x()) + column;
+    while n < comptime!(plan.chunk * plan.channels() / plan.vector_x) {
+        let row = n / vectors;
+        let column = n % vectors;
+        let head = column / comptime!(plan.headdim_padded() / plan.vector_x);
+        let first = head * comptime!(plan.chunk);
+        let place = row * comptime!(plan.stride_x() / plan.vector_x) + column;
         let own = sum[first + row];
         let weight = (sum[first + comptime!(plan.chunk - 1)] - own).exp() * step[first + row];
-        x_tile[place] = E::cast_from(f32::cast_from(x_tile[place]) * weight);
-        dy_tile[place] = E::cast_from(f32::cast_from(dy_tile[place]) * own.exp());
+        let x = Vector::<f32, V>::cast_from(x_tile[place]) * Vector::new(weight);
+        let dy = Vector::<f32, V>::cast_from(dy_tile[place]) * Vector::new(own.exp());
+        x_tile[place] = Vector::<E, V>::cast_from(x);
+        dy_tile[place] = Vector::<E, V>::cast_from(dy);
+        n += comptime!(plan.team.units);
+    }
+}
+
+/// Adds up the parts of the terms. Afterwards `rows` holds what a token's decay carries on to the tokens
+/// behind it, `columns` what it takes from those before it, `diagonal` the gradient of the step itself and
+/// `kept` a few parts for every head.
+#[cube]
+fn gather_steps(terms: &mut Terms, #[comptime] plan: Plan) {
+    let size = comptime!(plan.chunk * plan.heads);
+    let mut n = UNIT_POS as usize;
+    while n < size {
+        let mut rows = 0.0f32;
+        let mut columns = 0.0f32;
+        #[unroll]
+        for part in 0..comptime!(pair_parts(plan)) {
+            rows += terms.rows[comptime!(part * plan.chunk * plan.heads) + n];
+            columns += terms.columns[comptime!(part * plan.chunk * plan.heads) + n];
+        }
+        let step = terms.step[n];
+        let added = total(&terms.added, n, plan);
+        terms.rows[n] = rows - step * columns + total(&terms.carried, n, plan);
+        terms.columns[n] = step * added;
+        terms.diagonal[n] += columns + added;
+        n += comptime!(plan.team.units);
+    }
+    let each = comptime!(kept_parts(plan).div_ceil(KEPT));
+    let mut n = UNIT_POS as usize;
+    while n < comptime!(plan.heads * KEPT) {
+        let head = n / KEPT;
+        let from = n % KEPT * each;
+        let to = min(from + each, comptime!(kept_parts(plan)).runtime());
+        let mut sum = 0.0f32;
+        for part in from..to {
+            sum += terms.kept[head * comptime!(kept_parts(plan)) + part];
+        }
+        terms.few[n] = sum;
         n += comptime!(plan.team.units);
     }
 }
@@ -549,21 +639,20 @@ fn store_steps(
         let first = head * size;
         let end = terms.sum[first + comptime!(plan.chunk - 1)];
         let mut kept = 0.0f32;
-        for part in 0..comptime!(kept_parts(plan)) {
-            kept += terms.kept[head * comptime!(kept_parts(plan)) + part];
+        #[unroll]
+        for part in 0..KEPT {
+            kept += terms.few[head * KEPT + part];
         }
         let mut through = kept * end.exp();
         for i in 0..size {
-            let at = first + i;
             if i >= j {
-                through += terms.rows[at] - terms.step[at] * terms.columns[at];
-                through += total(&terms.carried, at, plan);
+                through += terms.rows[first + i];
             } else {
-                through += terms.step[at] * total(&terms.added, at, plan);
+                through += terms.columns[first + i];
             }
         }
         let own = first + j;
-        let direct = terms.columns[own] + terms.diagonal[own] + total(&terms.added, own, plan);
+        let direct = terms.diagonal[own];
         let place = ((batch * call.chunks + chunk) * size + j) * call.heads + first_head + head;
         dsteps[place] = direct + a[first_head + head] * through;
         decays[place] = through * terms.step[own];
@@ -596,7 +685,7 @@ fn own_to_tile<E: Float>(own: &Array<f32>, tile: &mut Shared<[E]>, #[comptime] p
 
 /// Writes tokens-by-state rows.
 #[cube]
-fn store_rows<O: Float>(
+fn store_rows<O: Float, V: Size>(
     stage: &Shared<[f32]>,
     rows: usize,
     to: usize,
@@ -605,13 +694,18 @@ fn store_rows<O: Float>(
     place: &Place,
     #[comptime] plan: Plan,
 ) {
+    let vector = comptime!(plan.vector_n);
+    let vectors = comptime!(plan.state / plan.vector_n);
+    let stage = stage.as_vectorized().with_vector_size::<V>();
+    let out = out.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut n = UNIT_POS as usize;
-    while n < comptime!(plan.chunk * plan.state) {
-        let row = n / comptime!(plan.state);
-        let column = n % comptime!(plan.state);
+    while n < comptime!(plan.chunk * plan.state / plan.vector_n) {
+        let row = n / vectors;
+        let column = n % vectors * vector;
         if row < rows {
             let at = place.offset + (to + row) * place.row + state_column + column;
-            out[at] = O::cast_from(stage[row * comptime!(plan.stride_stage()) + column]);
+            let value = stage[(row * comptime!(plan.stride_stage()) + column) / vector];
+            out[at / vector] = Vector::<O, V>::cast_from(value);
         }
         n += comptime!(plan.team.units);
     }

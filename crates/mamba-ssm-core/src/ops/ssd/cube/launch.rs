@@ -5,11 +5,11 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::gradients::gradients;
+use super::gradients::{gradients, skip_parts};
 use super::outputs::outputs;
 use super::plan::{CallLaunch, Plan, Sizes, plan};
 use super::states::{Direction, pass, walk};
-use super::steps::{steps, steps_backward};
+use super::steps::{HEADS, steps, steps_backward};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::reduce::{sum_parts_into, sum_rows};
 use crate::ops::cube::{elem, empty_like, filled, grid, tile_dtype};
@@ -20,6 +20,10 @@ const SHORTEST: usize = 16;
 
 /// Cubes that keep a large device busy.
 const ENOUGH_CUBES: usize = 512;
+
+/// Cubes that walk over the chunks' states side by side. Measured: fewer leave a device idle on one long
+/// sequence, more only lengthen the passing from segment to segment (`docs/performance.md`).
+const WALKERS: usize = 256;
 
 /// Room for the states before the chunks, whatever chunk the device's plan will have.
 pub(crate) fn states_shape(x: [usize; 4], b: [usize; 4]) -> [usize; 1] {
@@ -77,6 +81,8 @@ struct Ready {
     bias: CubeTensor,
     sizes: Sizes,
     plan: Plan,
+    /// Of the pass for gradients, which has more units.
+    gradient_plan: Plan,
     /// Types of inputs, tiles, and states between chunks.
     types: [ElemType; 3],
     states: DType,
@@ -121,6 +127,7 @@ impl Ready {
                 .unwrap_or_else(|| filled(like, [sizes.heads], 0.0)),
             sizes,
             plan,
+            gradient_plan: plan.for_gradients(&client, tile),
             types: [elem(dtype), elem(tile), elem(states)],
             states,
             limit: [limit.0 as f32, limit.1.min(f64::from(f32::MAX)) as f32],
@@ -147,7 +154,7 @@ impl Ready {
     /// Segments walked side by side: enough cubes to fill a device, at least four chunks each.
     fn segments(&self) -> (usize, usize) {
         let walkers = self.sizes.batch * self.tiles();
-        let wanted = ENOUGH_CUBES
+        let wanted = WALKERS
             .div_ceil(walkers)
             .min(self.chunks().div_ceil(4))
             .max(1);
@@ -236,12 +243,12 @@ impl Ready {
             self.sizes.heads,
         ];
         let [step, sum] = [0, 1].map(|_| empty_like(&self.scan.x.tensor, shape, DType::F32));
-        let elements = self.sizes.batch * self.chunks() * self.sizes.heads;
-        let (count, dim) = self.elementwise(elements);
+        let blocks = self.sizes.heads.div_ceil(HEADS);
+        let cubes = self.sizes.batch * self.chunks() * blocks;
         steps::launch(
             &self.client(),
-            count,
-            dim,
+            grid(cubes),
+            self.plan.team.cube_dim(),
             self.scan.dt.tensor.clone().into_buffer_arg(),
             self.bias.clone().into_buffer_arg(),
             self.scan.a.clone().into_buffer_arg(),
@@ -249,7 +256,7 @@ impl Ready {
             sum.clone().into_buffer_arg(),
             self.limit[0],
             self.limit[1],
-            self.own_call(elements),
+            self.own_call(cubes),
             self.plan,
             elem(self.scan.dt.tensor.dtype),
         );
@@ -277,7 +284,7 @@ impl Ready {
         let cubes = batch * self.tiles() * segments;
         let like = &self.scan.x.tensor;
         let size = self.state_size();
-        let nothing = || filled(like, [1], 0.0);
+        let nothing = || empty_like(like, [16], DType::F32);
         let launch = |start: CubeTensor, states: CubeTensor, last: CubeTensor, mode: Direction| {
             walk::launch(
                 &self.client(),
@@ -306,7 +313,7 @@ impl Ready {
         let mut start = start;
         if segments > 1 {
             let ends = empty_like(like, [batch, segments, size], DType::F32);
-            let states = empty_like(like, [1], self.states);
+            let states = empty_like(like, [16], self.states);
             let alone = Direction {
                 start: false,
                 emit: false,
@@ -314,7 +321,7 @@ impl Ready {
                 ..mode
             };
             launch(nothing(), states, ends.clone(), alone);
-            let (count, dim) = self.elementwise(batch * size);
+            let (count, dim) = self.elementwise(batch * size / self.plan.vector_n);
             pass::launch(
                 &self.client(),
                 count,
@@ -323,9 +330,10 @@ impl Ready {
                 start.unwrap_or_else(nothing).into_buffer_arg(),
                 ends.clone().into_buffer_arg(),
                 size,
-                self.own_call(batch * size),
+                self.own_call(batch * size / self.plan.vector_n),
                 self.plan,
                 mode,
+                self.plan.vector_n,
             );
             start = Some(ends);
             mode.start = true;
@@ -412,7 +420,7 @@ pub(crate) fn backward(
         dt: to.dt.clone(),
     };
     let dd_rows = if ready.plan.skip {
-        batch * ready.chunks()
+        batch * ready.chunks() * skip_parts(ready.gradient_plan)
     } else {
         1
     };
@@ -422,7 +430,7 @@ pub(crate) fn backward(
     gradients::launch(
         &ready.client(),
         grid(cubes),
-        ready.plan.team.cube_dim(),
+        ready.gradient_plan.team.cube_dim(),
         ready.scan.x.tensor.clone().into_buffer_arg(),
         ready.scan.b.tensor.clone().into_buffer_arg(),
         ready.scan.c.tensor.clone().into_buffer_arg(),
@@ -440,7 +448,7 @@ pub(crate) fn backward(
         decays.clone().into_buffer_arg(),
         dd.clone().into_buffer_arg(),
         ready.call(cubes, &ready.scan.x, &ready.scan.b, &direct),
-        ready.plan,
+        ready.gradient_plan,
         [input, tile, kept, elem(direct.b.tensor.dtype)],
         ready.vectors(),
     );

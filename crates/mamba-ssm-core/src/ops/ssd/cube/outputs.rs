@@ -122,7 +122,7 @@ pub(super) fn outputs<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
         );
         mix::<E>(&scores, &step, &sum, &mut mixing, true, plan);
         sync_cube();
-        scale_rows(&mut stage, &sum, plan);
+        scale_rows::<VX>(&mut stage, &sum, plan);
         sync_cube();
         product::<E>(
             &mixing,
@@ -239,14 +239,17 @@ pub(super) fn mix<E: Float>(
 
 /// `stage[i] *= exp(s[i])`, each head's columns by its own sums.
 #[cube]
-fn scale_rows(stage: &mut Shared<[f32]>, sum: &Shared<[f32]>, #[comptime] plan: Plan) {
+fn scale_rows<V: Size>(stage: &mut Shared<[f32]>, sum: &Shared<[f32]>, #[comptime] plan: Plan) {
+    let vectors = comptime!(plan.channels() / plan.vector_x);
+    let stage = stage.as_vectorized_mut().with_vector_size_mut::<V>();
     let mut n = UNIT_POS as usize;
-    while n < comptime!(plan.chunk * plan.channels()) {
-        let row = n / comptime!(plan.channels());
-        let column = n % comptime!(plan.channels());
-        let head = column / comptime!(plan.headdim_padded());
-        let place = row * comptime!(plan.stride_stage()) + column;
-        stage[place] *= sum[head * comptime!(plan.chunk) + row].exp();
+    while n < comptime!(plan.chunk * plan.channels() / plan.vector_x) {
+        let row = n / vectors;
+        let column = n % vectors;
+        let head = column / comptime!(plan.headdim_padded() / plan.vector_x);
+        let place = row * comptime!(plan.stride_stage() / plan.vector_x) + column;
+        let decay = sum[head * comptime!(plan.chunk) + row].exp();
+        stage[place] = stage[place] * Vector::new(decay);
         n += comptime!(plan.team.units);
     }
 }

@@ -7,7 +7,7 @@ use crate::ops::cube::place::Place;
 use crate::ops::cube::product::{Lie, Part, Product};
 use crate::ops::cube::tile::Tile;
 use crate::ops::cube::{SIDE, Team};
-use crate::ops::ssd::cube::gradients::{kept_parts, parts};
+use crate::ops::ssd::cube::gradients::{KEPT, kept_parts, pair_parts, parts};
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,10 +30,29 @@ pub(super) struct Plan {
 /// Gaps behind the rows of tiles, so that the rows of a block fall into different banks.
 const GAP: usize = 8;
 
+/// Units of a cube that has a multiprocessor to itself.
+const WIDE: usize = 512;
+
 /// Bytes that aligning every array of shared memory may cost.
 const ALIGNMENT: usize = 16 * 20;
 
 impl Plan {
+    /// The plan of the pass for gradients: where shared memory leaves room for one cube of it only, that
+    /// cube has twice the units.
+    pub(super) fn for_gradients(self, client: &Client, tile: DType) -> Self {
+        let wide = Self {
+            team: Team::new(client, WIDE, tile),
+            ..self
+        };
+        let memory = client.properties().hardware.max_shared_memory_size;
+        let one = 2 * self.gradient_bytes(tile.size()) > memory;
+        if one && wide.team.matrix && wide.gradient_bytes(tile.size()) <= memory {
+            wide
+        } else {
+            self
+        }
+    }
+
     pub(super) fn state_padded(&self) -> usize {
         self.state.next_multiple_of(SIDE)
     }
@@ -179,8 +198,8 @@ impl Plan {
             + 2 * self.channels() * self.stride_n()
             + self.heads * self.chunk * self.stride_q();
         let stage = self.chunk.max(self.channels()) * self.stride_stage();
-        let terms =
-            self.chunk * self.heads * (5 + 2 * parts(*self)) + self.heads * kept_parts(*self);
+        let terms = self.chunk * self.heads * (3 + 2 * parts(*self) + 2 * pair_parts(*self))
+            + self.heads * (kept_parts(*self) + KEPT);
         tile * tiles + 4 * (stage + terms + self.team.units) + ALIGNMENT
     }
 }

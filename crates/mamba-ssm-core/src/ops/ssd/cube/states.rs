@@ -28,9 +28,9 @@ pub(super) struct Direction {
     pub(super) ends: bool,
 }
 
-/// Elements of the tile's state that a unit owns.
+/// Vectors of the tile's state that a unit owns.
 fn shares(plan: Plan) -> usize {
-    (plan.channels() * plan.state_padded()).div_ceil(plan.team.units)
+    (plan.channels() * plan.state_padded() / plan.vector_n).div_ceil(plan.team.units)
 }
 
 /// Where the element `(channel, n)` of a tile lies in `[.., heads, headdim, state]`, past the entry's
@@ -53,6 +53,14 @@ pub(super) fn state_exists(row: usize, n: usize, #[comptime] plan: Plan) -> bool
     row < comptime!(plan.channels())
         && row % comptime!(plan.headdim_padded()) < comptime!(plan.headdim)
         && n < comptime!(plan.state)
+}
+
+/// Row and column of the first element of a unit's `r`th vector.
+#[cube]
+fn own_state(#[comptime] r: usize, #[comptime] plan: Plan) -> (usize, usize) {
+    let place = UNIT_POS as usize + comptime!(r * plan.team.units);
+    let vectors = comptime!(plan.state_padded() / plan.vector_n);
+    (place / vectors, place % vectors * comptime!(plan.vector_n))
 }
 
 #[cube(launch)]
@@ -88,18 +96,18 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
     );
     let mut weights = Shared::<[f32]>::new_slice(comptime!(plan.chunk * plan.heads));
     let mut decays = Shared::<[f32]>::new_slice(comptime!(plan.heads));
-    let mut state = Array::<f32>::new(comptime!(shares(plan)));
+    let mut state = Array::<Vector<f32, VN>>::new(comptime!(shares(plan)));
 
     let entry = (batch * call.segments + segment) * size;
     #[unroll]
     for r in 0..comptime!(shares(plan)) {
-        let place = UNIT_POS as usize + comptime!(r * plan.team.units);
-        let row = place / comptime!(plan.state_padded());
-        let n = place % comptime!(plan.state_padded());
-        state[r] = 0.0f32;
+        let (row, n) = own_state(r, plan);
+        state[r] = Vector::new(0.0f32);
         if comptime!(mode.start) {
             if state_exists(row, n, plan) {
-                state[r] = start[entry + state_place(first_head, row, n, plan)];
+                let start = start.as_vectorized().with_vector_size::<VN>();
+                let place = entry + state_place(first_head, row, n, plan);
+                state[r] = start[place / comptime!(plan.vector_n)];
             }
         }
     }
@@ -158,16 +166,17 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
         let entry = (batch * call.chunks + chunk) * size;
         #[unroll]
         for r in 0..comptime!(shares(plan)) {
-            let place = UNIT_POS as usize + comptime!(r * plan.team.units);
-            let row = place / comptime!(plan.state_padded());
-            let n = place % comptime!(plan.state_padded());
+            let (row, n) = own_state(r, plan);
             if state_exists(row, n, plan) {
                 if comptime!(mode.emit) {
-                    states[entry + state_place(first_head, row, n, plan)] = S::cast_from(state[r]);
+                    let states = states.as_vectorized_mut().with_vector_size_mut::<VN>();
+                    let place = entry + state_place(first_head, row, n, plan);
+                    states[place / comptime!(plan.vector_n)] = Vector::cast_from(state[r]);
                 }
-                let decay = decays[row / comptime!(plan.headdim_padded())];
-                let added = stage[row * comptime!(plan.stride_stage()) + n];
-                state[r] = fma(state[r], decay, added);
+                let decay = Vector::<f32, VN>::new(decays[row / comptime!(plan.headdim_padded())]);
+                let stage = stage.as_vectorized().with_vector_size::<VN>();
+                let place = row * comptime!(plan.stride_stage()) + n;
+                state[r] = fma(state[r], decay, stage[place / comptime!(plan.vector_n)]);
             }
         }
         sync_cube();
@@ -187,11 +196,11 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
     if ends {
         #[unroll]
         for r in 0..comptime!(shares(plan)) {
-            let place = UNIT_POS as usize + comptime!(r * plan.team.units);
-            let row = place / comptime!(plan.state_padded());
-            let n = place % comptime!(plan.state_padded());
+            let (row, n) = own_state(r, plan);
             if state_exists(row, n, plan) {
-                last[entry + state_place(first_head, row, n, plan)] = state[r];
+                let last = last.as_vectorized_mut().with_vector_size_mut::<VN>();
+                let place = entry + state_place(first_head, row, n, plan);
+                last[place / comptime!(plan.vector_n)] = state[r];
             }
         }
     }
@@ -266,7 +275,7 @@ fn load_weighted<I: Float, E: Float, V: Size>(
 /// Carries the states across segments: `ends[segment]` becomes the state at which the segment starts
 /// (forwards) or ends (backwards).
 #[cube(launch)]
-pub(super) fn pass(
+pub(super) fn pass<V: Size>(
     sums: &[f32],
     start: &[f32],
     ends: &mut [f32],
@@ -274,14 +283,17 @@ pub(super) fn pass(
     call: &Call,
     #[comptime] plan: Plan,
     #[comptime] mode: Direction,
+    #[define(V)] _vector: usize,
 ) {
-    let entries = call.cubes;
-    if ABSOLUTE_POS < entries {
-        let batch = ABSOLUTE_POS / size;
-        let inside = ABSOLUTE_POS % size;
-        let head = inside / comptime!(plan.headdim * plan.state);
-        let mut state = 0.0f32;
+    if ABSOLUTE_POS < call.cubes {
+        let vectors = size / comptime!(plan.vector_n);
+        let batch = ABSOLUTE_POS / vectors;
+        let inside = ABSOLUTE_POS % vectors;
+        let head = inside / comptime!(plan.headdim * plan.state / plan.vector_n);
+        let ends = ends.as_vectorized_mut().with_vector_size_mut::<V>();
+        let mut state = Vector::<f32, V>::new(0.0f32);
         if comptime!(mode.start) {
+            let start = start.as_vectorized().with_vector_size::<V>();
             state = start[ABSOLUTE_POS];
         }
         for visit in 0..call.segments {
@@ -296,10 +308,10 @@ pub(super) fn pass(
                 let row = (batch * call.chunks + chunk + 1) * comptime!(plan.chunk) - 1;
                 total += sums[row * call.heads + head];
             }
-            let place = (batch * call.segments + segment) * size + inside;
+            let place = (batch * call.segments + segment) * vectors + inside;
             let added = ends[place];
             ends[place] = state;
-            state = fma(state, total.exp(), added);
+            state = fma(state, Vector::new(total.exp()), added);
         }
     }
 }

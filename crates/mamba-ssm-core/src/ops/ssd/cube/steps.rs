@@ -4,7 +4,7 @@
 //! dt[t] = clamp(softplus(dt[t] + bias))        s[t] = sum over the chunk up to t of dt A
 //! ```
 //!
-//! A unit owns one head of one chunk and walks its tokens. Both results are f32
+//! A cube owns one chunk and a block of heads; one unit per head adds up. Both results are f32
 //! `[batch, chunks * chunk, heads]`, zero past the end: padding neither decays the state nor adds to it.
 //! Bytes: `dt` read, 8 bytes written per token and head.
 
@@ -17,6 +17,9 @@ use super::plan::{Call, Plan};
 fn softplus(x: f32) -> f32 {
     max(x, 0.0f32) + (-x.abs()).exp().log1p()
 }
+
+/// Heads that a cube treats.
+pub(super) const HEADS: usize = 16;
 
 #[cube(launch)]
 pub(super) fn steps<T: Float>(
@@ -31,28 +34,54 @@ pub(super) fn steps<T: Float>(
     #[comptime] plan: Plan,
     #[define(T)] _dtype: ElemType,
 ) {
-    let chunk = comptime!(plan.chunk);
-    if ABSOLUTE_POS < call.cubes {
-        let head = ABSOLUTE_POS % call.heads;
-        let batch = ABSOLUTE_POS / call.heads / call.chunks;
-        let start = ABSOLUTE_POS / call.heads % call.chunks * chunk;
-        let mut sum = 0.0f32;
-        for row in 0..chunk {
-            let token = start + row;
-            let mut step = 0.0f32;
-            if token < call.length {
-                let place = call.dt.offset + (batch * call.length + token) * call.dt.row + head;
-                step = f32::cast_from(dt[place]) + bias[head];
-                if comptime!(plan.softplus) {
-                    step = softplus(step);
-                }
-                step = clamp(step, low, high);
+    if CUBE_POS >= call.cubes {
+        terminate!();
+    }
+    let size = comptime!(plan.chunk * HEADS);
+    let blocks = call.heads.div_ceil(HEADS);
+    let first_head = CUBE_POS % blocks * HEADS;
+    let chunk = CUBE_POS / blocks % call.chunks;
+    let batch = CUBE_POS / blocks / call.chunks;
+    let mut step = Shared::<[f32]>::new_slice(size);
+    let mut sum = Shared::<[f32]>::new_slice(size);
+    let mut n = UNIT_POS as usize;
+    while n < size {
+        let head = first_head + n % HEADS;
+        let token = chunk * comptime!(plan.chunk) + n / HEADS;
+        let mut value = 0.0f32;
+        if token < call.length && head < call.heads {
+            let place = call.dt.offset + (batch * call.length + token) * call.dt.row + head;
+            value = f32::cast_from(dt[place]) + bias[head];
+            if comptime!(plan.softplus) {
+                value = softplus(value);
             }
-            sum += step * a[head];
-            let place = (batch * call.chunks * chunk + token) * call.heads + head;
-            steps[place] = step;
-            sums[place] = sum;
+            value = clamp(value, low, high);
         }
+        step[n] = value;
+        n += comptime!(plan.team.units);
+    }
+    sync_cube();
+    let mut n = UNIT_POS as usize;
+    while n < HEADS {
+        let rate = a[min(first_head + n, call.heads - 1)];
+        let mut total = 0.0f32;
+        for row in 0..comptime!(plan.chunk) {
+            total += step[row * HEADS + n] * rate;
+            sum[row * HEADS + n] = total;
+        }
+        n += comptime!(plan.team.units);
+    }
+    sync_cube();
+    let base = (batch * call.chunks + chunk) * comptime!(plan.chunk);
+    let mut n = UNIT_POS as usize;
+    while n < size {
+        let head = first_head + n % HEADS;
+        if head < call.heads {
+            let place = (base + n / HEADS) * call.heads + head;
+            steps[place] = step[n];
+            sums[place] = sum[n];
+        }
+        n += comptime!(plan.team.units);
     }
 }
 

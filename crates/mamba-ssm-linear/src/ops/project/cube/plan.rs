@@ -103,13 +103,6 @@ fn planes(blocks: usize, frags: usize, most: usize) -> usize {
     blocks.div_ceil(frags).next_power_of_two().min(most)
 }
 
-/// The four numbers of an environment variable, to try sizes out.
-fn wished(name: &str) -> Option<[usize; 5]> {
-    let text = std::env::var(name).ok()?;
-    let numbers: Vec<usize> = text.split('x').filter_map(|n| n.parse().ok()).collect();
-    numbers.try_into().ok()
-}
-
 impl Problem {
     /// Sizes for a product whose rows are tokens.
     pub(super) fn product(&self, client: &Client, dtype: DType, vectors: [usize; 3]) -> Plan {
@@ -129,7 +122,7 @@ impl Problem {
             })
             .min()
             .map_or(1, |(_, _, frags)| frags);
-        let mut plan = MatrixPlan {
+        let plan = MatrixPlan {
             planes_m: 4,
             planes_n,
             plane,
@@ -147,16 +140,6 @@ impl Problem {
             bias: self.bias,
             sync_plane: client.properties().features.plane.contains(Plane::Sync),
         };
-        if let Some([planes_m, planes_n, frags_m, frags_n, depth]) = wished("MAMBA_PRODUCT") {
-            plan = MatrixPlan {
-                planes_m,
-                planes_n,
-                frags_m,
-                frags_n,
-                depth,
-                ..plan
-            };
-        }
         Plan::Matrix(plan)
     }
 
@@ -169,7 +152,7 @@ impl Problem {
         let (blocks_m, blocks_n) = (self.rows.div_ceil(SIDE), self.columns.div_ceil(SIDE));
         let (frags_m, frags_n) = (blocks_m.min(2), blocks_n.min(2));
         let planes_m = planes(blocks_m, frags_m, 4);
-        let mut plan = MatrixPlan {
+        let plan = MatrixPlan {
             planes_m,
             planes_n: planes(blocks_n, frags_n, PLANES / planes_m),
             plane,
@@ -181,16 +164,6 @@ impl Problem {
             bias: self.bias,
             sync_plane: client.properties().features.plane.contains(Plane::Sync),
         };
-        if let Some([planes_m, planes_n, frags_m, frags_n, depth]) = wished("MAMBA_OUTER") {
-            plan = MatrixPlan {
-                planes_m,
-                planes_n,
-                frags_m,
-                frags_n,
-                depth,
-                ..plan
-            };
-        }
         Plan::Matrix(plan)
     }
 
@@ -215,11 +188,7 @@ impl Problem {
         let multiprocessors = hardware
             .num_streaming_multiprocessors
             .map_or(MULTIPROCESSORS, |n| n as usize);
-        let per = std::env::var("MAMBA_SLICES")
-            .ok()
-            .and_then(|n| n.parse().ok())
-            .unwrap_or(CUBES_PER_MULTIPROCESSOR);
-        let wanted = (per * multiprocessors / tiles).max(1);
+        let wanted = (CUBES_PER_MULTIPROCESSOR * multiprocessors / tiles).max(1);
         let slice = self
             .inner
             .div_ceil(wanted)
