@@ -11,5 +11,7 @@ pub mod ssd;
 #[cfg(feature = "cubecl")]
 mod cube;
 mod device;
+#[cfg(feature = "flex")]
+mod native;
 mod optional;
 mod precision;

@@ -20,7 +20,7 @@ pub enum Optional<B: Backend> {
 }
 
 impl<B: Backend> Optional<B> {
-    #[cfg(feature = "cubecl")]
+    #[cfg(any(feature = "flex", feature = "cubecl"))]
     pub(crate) fn into_option(self) -> Option<FloatTensor<B>> {
         match self {
             Self::Absent => None,

@@ -76,9 +76,6 @@ pub trait ConvBackend: Backend {
     }
 }
 
-#[cfg(feature = "flex")]
-impl ConvBackend for burn::backend::Flex {}
-
 #[cfg(feature = "cubecl")]
 fn forward_spec(operands: &OperandsMetadata, _activation: &bool) -> TensorSpec {
     operands.x.clone()

@@ -2,6 +2,8 @@
 
 mod autodiff;
 mod backend;
+#[cfg(feature = "flex")]
+pub(crate) mod cpu;
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
 mod reference;

@@ -73,9 +73,6 @@ pub trait NormBackend: Backend {
     }
 }
 
-#[cfg(feature = "flex")]
-impl NormBackend for burn::backend::Flex {}
-
 #[cfg(feature = "cubecl")]
 fn forward_spec(operands: &OperandsMetadata, _spec: &Spec) -> TensorSpec {
     operands.x.clone()

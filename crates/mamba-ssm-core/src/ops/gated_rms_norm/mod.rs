@@ -1,7 +1,9 @@
 //! Root-mean-square normalisation with a SiLU gate, as Mamba-2 closes its inner block.
 
 mod autodiff;
-mod backend;
+pub(crate) mod backend;
+#[cfg(feature = "flex")]
+pub(crate) mod cpu;
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
 mod reference;

@@ -101,9 +101,6 @@ pub trait InnerBackend: Backend {
     }
 }
 
-#[cfg(feature = "flex")]
-impl InnerBackend for burn::backend::Flex {}
-
 #[cfg(feature = "cubecl")]
 fn forward_specs(operands: &OperandsMetadata, spec: &InnerSpec) -> ForwardMetadata {
     use crate::ops::ssd::cube::{states_dtype, states_shape};

@@ -4,6 +4,8 @@
 
 mod autodiff;
 mod backend;
+#[cfg(feature = "flex")]
+mod cpu;
 #[cfg(feature = "cubecl")]
 mod cube;
 
@@ -27,7 +29,7 @@ pub struct InnerSpec {
     pub(crate) dt_limit: (f64, f64),
 }
 
-#[cfg(feature = "cubecl")]
+#[cfg(any(feature = "flex", feature = "cubecl"))]
 impl InnerSpec {
     pub(crate) fn d_inner(&self) -> usize {
         self.heads * self.headdim

@@ -148,6 +148,3 @@ fn backward_specs(
         initial_state: TensorSpec::new(state_shape(x, b), DType::F32),
     }
 }
-
-#[cfg(feature = "flex")]
-impl SsdBackend for burn::backend::Flex {}

@@ -4,6 +4,8 @@
 
 mod autodiff;
 pub(crate) mod backend;
+#[cfg(feature = "flex")]
+pub(crate) mod cpu;
 #[cfg(feature = "cubecl")]
 pub(crate) mod cube;
 mod reference;
