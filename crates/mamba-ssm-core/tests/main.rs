@@ -5,6 +5,8 @@ mod conv_and_norm;
 mod kernels;
 mod kernels_local;
 mod layers;
+#[cfg(feature = "flex")]
+mod native;
 mod selective_scan;
 mod ssd;
 mod support;

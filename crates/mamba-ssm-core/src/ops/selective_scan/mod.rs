@@ -1,8 +1,18 @@
 //! The selective scan of Mamba-1: one decay per channel and state.
 
+mod autodiff;
+mod backend;
+#[cfg(feature = "flex")]
+mod cpu;
 mod reference;
 
-use burn::tensor::Tensor;
+use backend::{Operands, ScanBackend};
+use burn::backend::Dispatch;
+use burn::tensor::{FloatDType, Tensor};
+
+use crate::ops::device::has_cpu_kernels;
+use crate::ops::optional::Optional;
+use crate::ops::precision::{narrow_to, widen};
 
 /// The operands of [`selective_scan`], in the official layouts. `dim` is a multiple of `groups`;
 /// channel `d` reads group `d / (dim / groups)`.
@@ -94,7 +104,35 @@ pub struct ScanOutput {
 /// ```
 pub fn selective_scan(input: ScanInput, options: &ScanOptions) -> ScanOutput {
     check(&input);
-    reference::selective_scan(input, options)
+    if has_cpu_kernels(&input.u.device(), input.u.dtype()) {
+        native(input, options)
+    } else {
+        reference::selective_scan(input, options)
+    }
+}
+
+/// The device's own implementation. Its channels come last, as a layer has them: what a layer passes was
+/// transposed for this function, and is read where it lies.
+fn native(input: ScanInput, options: &ScanOptions) -> ScanOutput {
+    let (f32, dtype) = (FloatDType::F32, input.u.dtype());
+    let last = |tensor: Tensor<3>| narrow_to(tensor, dtype).swap_dims(1, 2);
+    let grouped = |tensor: Tensor<4>| narrow_to(tensor, dtype).permute([0, 3, 1, 2]);
+    let operands = Operands {
+        u: last(input.u).into_dispatch(),
+        delta: last(input.delta).into_dispatch(),
+        a: widen(input.a, f32).into_dispatch(),
+        b: grouped(input.b).into_dispatch(),
+        c: grouped(input.c).into_dispatch(),
+        d: Optional::of(input.d.map(|d| widen(d, f32))),
+        z: Optional::of(input.z.map(last)),
+        delta_bias: Optional::of(input.delta_bias.map(|bias| widen(bias, f32))),
+        initial_state: Optional::of(input.initial_state.map(|h| widen(h, f32))),
+    };
+    let (y, final_state) = Dispatch::selective_scan(operands, options.delta_softplus);
+    ScanOutput {
+        y: Tensor::<3>::from_dispatch(y).swap_dims(1, 2),
+        final_state: Tensor::from_dispatch(final_state),
+    }
 }
 
 fn check(input: &ScanInput) {
