@@ -21,6 +21,10 @@
 //! `flex` (default, pure Rust CPU), `cuda`, `rocm`, `metal`, `vulkan`, `wgpu` and `cpu` forward to Burn's.
 
 mod linear;
+/// For the crates that build their operators on this one; no part of the interface.
+#[cfg(feature = "flex")]
+#[doc(hidden)]
+pub mod memory;
 pub mod ops;
 
 pub use linear::{Linear, LinearConfig};

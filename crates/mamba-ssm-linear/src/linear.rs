@@ -41,7 +41,8 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Projects the last axis: `[.., d_input]` to `[.., d_output]`. See [`project`].
+    /// Projects the last axis: `[.., d_input]` to `[.., d_output]`, in the type of `x`, which may be half
+    /// precision where the parameters are f32. See [`project`].
     ///
     /// # Panics
     ///

@@ -1,13 +1,13 @@
 //! The backward step registered with Burn's autodiff. It keeps the input and the weight.
 
 use burn::backend::Autodiff;
-use burn::backend::Backend;
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, TensorMetadata};
 
 use super::backend::{Bias, ProjectBackend};
 
@@ -27,6 +27,7 @@ fn register<B: ProjectBackend>(
     [x, weight, bias]: [Option<NodeId>; 3],
     grads: &mut Gradients,
 ) {
+    let dtype = saved.weight.dtype().into();
     if let Some(node) = x {
         let dx = B::project_input_gradient(dy.clone(), saved.weight);
         grads.register::<B>(node, dx);
@@ -34,10 +35,10 @@ fn register<B: ProjectBackend>(
     match (weight, bias) {
         (None, None) => {}
         (Some(weight), None) => {
-            grads.register::<B>(weight, B::project_weight_gradient(saved.x, dy));
+            grads.register::<B>(weight, B::project_weight_gradient(saved.x, dy, dtype));
         }
         (weight, Some(bias)) => {
-            let (dweight, dbias) = B::project_parameter_gradients(saved.x, dy);
+            let (dweight, dbias) = B::project_parameter_gradients(saved.x, dy, dtype);
             if let Some(weight) = weight {
                 grads.register::<B>(weight, dweight);
             }

@@ -4,6 +4,7 @@
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, ExtensionType, backend_extension};
+use burn::tensor::FloatDType;
 #[cfg(feature = "cubecl")]
 use burn::tensor::Shape;
 
@@ -20,7 +21,8 @@ pub enum Bias<B: Backend> {
 }
 
 /// Projections of a backend, over two axes: `x [tokens, d_input]`, `weight [d_input, d_output]`,
-/// `dy [tokens, d_output]`, all of one dtype. The defaults are the definition.
+/// `dy [tokens, d_output]`, all of one dtype; or the parameters in f32 and the rest in half precision.
+/// Gradients of parameters come in the type asked for. The defaults are the definition.
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     Cube: cfg(feature = "cubecl"),
@@ -59,19 +61,24 @@ pub trait ProjectBackend: Backend {
 
     /// `x^T dy`.
     #[fusion(meta = weight_gradient_spec)]
-    fn project_weight_gradient(x: FloatTensor<Self>, dy: FloatTensor<Self>) -> FloatTensor<Self> {
-        reference::weight_gradient::<Self>(x, dy)
+    fn project_weight_gradient(
+        x: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        dtype: FloatDType,
+    ) -> FloatTensor<Self> {
+        reference::weight_gradient::<Self>(x, dy, dtype)
     }
 
     /// `x^T dy` and the sum of `dy` over tokens.
-    #[fusion(meta = |x, dy| (weight_gradient_spec(x, dy), bias_gradient_spec(dy)))]
+    #[fusion(meta = parameter_gradients_spec)]
     fn project_parameter_gradients(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        dtype: FloatDType,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         (
-            reference::weight_gradient::<Self>(x, dy.clone()),
-            reference::bias_gradient::<Self>(dy),
+            reference::weight_gradient::<Self>(x, dy.clone(), dtype),
+            reference::bias_gradient::<Self>(dy, dtype),
         )
     }
 }
@@ -94,11 +101,18 @@ fn input_gradient_spec(dy: &TensorSpec, weight: &TensorSpec) -> TensorSpec {
 }
 
 #[cfg(feature = "cubecl")]
-fn weight_gradient_spec(x: &TensorSpec, dy: &TensorSpec) -> TensorSpec {
-    with_shape(dy, [x.shape[1], dy.shape[1]])
+fn weight_gradient_spec(x: &TensorSpec, dy: &TensorSpec, dtype: &FloatDType) -> TensorSpec {
+    TensorSpec::new(Shape::new([x.shape[1], dy.shape[1]]), (*dtype).into())
 }
 
 #[cfg(feature = "cubecl")]
-fn bias_gradient_spec(dy: &TensorSpec) -> TensorSpec {
-    with_shape(dy, [dy.shape[1]])
+fn parameter_gradients_spec(
+    x: &TensorSpec,
+    dy: &TensorSpec,
+    dtype: &FloatDType,
+) -> (TensorSpec, TensorSpec) {
+    (
+        weight_gradient_spec(x, dy, dtype),
+        TensorSpec::new(Shape::new([dy.shape[1]]), (*dtype).into()),
+    )
 }

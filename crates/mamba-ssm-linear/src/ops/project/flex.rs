@@ -7,6 +7,7 @@ use burn::tensor::{DType, FloatDType, Shape, TensorData};
 use rayon::prelude::*;
 
 use super::backend::{Bias, ProjectBackend};
+use crate::memory::zeros;
 
 /// Tokens that one task projects.
 const BLOCK: usize = 256;
@@ -18,20 +19,24 @@ const SHORTEST_SLICE: usize = 512;
 /// last bits, should not depend on the machine.
 const SLICES: usize = 16;
 
+/// Tasks that the weight gradient is split into at least, where it is large enough: with fewer slices,
+/// each computes its rows in bands.
+const TASKS: usize = 8;
+
+/// Fewest rows of a band.
+const NARROWEST_BAND: usize = 32;
+
 /// A float with a matrix product.
-trait Real: Element + bytemuck::Pod + core::ops::AddAssign {
+trait Real: Element + bytemuck::Pod + Default + core::ops::AddAssign {
     const ONE: Self;
-    const ZERO: Self;
 }
 
 impl Real for f32 {
     const ONE: Self = 1.0;
-    const ZERO: Self = 0.0;
 }
 
 impl Real for f64 {
     const ONE: Self = 1.0;
-    const ZERO: Self = 0.0;
 }
 
 /// A matrix: element `(i, j)` is `values[i * strides[0] + j * strides[1]]`.
@@ -116,7 +121,7 @@ fn multiply<T: Real>(out: &mut [T], a: Matrix<'_, T>, b: Matrix<'_, T>, add: boo
 /// `a b + bias`, blocks of rows in parallel.
 fn product<T: Real>(a: Matrix<'_, T>, b: Matrix<'_, T>, bias: Option<&[T]>) -> Vec<T> {
     let ([rows, _], [_, columns]) = (a.shape, b.shape);
-    let mut out = vec![T::ZERO; rows * columns];
+    let mut out = zeros::<T>(rows * columns);
     out.par_chunks_mut((BLOCK * columns).max(1))
         .enumerate()
         .for_each(|(block, out)| {
@@ -130,34 +135,61 @@ fn product<T: Real>(a: Matrix<'_, T>, b: Matrix<'_, T>, bias: Option<&[T]>) -> V
     out
 }
 
-/// `x^T dy`, and behind it, if wanted, the sum of `dy` over tokens: slices of tokens in parallel, summed
-/// in order.
-fn parameter_gradients<T: Real>(x: Matrix<'_, T>, dy: Matrix<'_, T>, with_bias: bool) -> Vec<T> {
+/// `x^T dy`: slices of tokens and bands of rows in parallel, slices summed in order.
+fn weight_gradient<T: Real>(x: Matrix<'_, T>, dy: Matrix<'_, T>) -> Vec<T> {
     let ([tokens, d_input], [_, d_output]) = (x.shape, dy.shape);
-    let slice = tokens.div_ceil(SLICES).max(SHORTEST_SLICE);
+    let slice = slice_of(tokens);
+    let slices = tokens.div_ceil(slice).max(1);
+    let bands = TASKS.div_ceil(slices).min(d_input / NARROWEST_BAND).max(1);
+    let band = d_input.div_ceil(bands).max(1);
     let weights = d_input * d_output;
-    let mut parts: Vec<Vec<T>> = (0..tokens.div_ceil(slice).max(1))
-        .into_par_iter()
-        .map(|n| {
+    let mut parts = zeros::<T>(slices * weights);
+    parts
+        .par_chunks_mut(weights.max(1))
+        .enumerate()
+        .for_each(|(n, part)| {
             let start = n * slice;
             let count = slice.min(tokens - start);
-            let (x, dy) = (x.rows(start, count), dy.rows(start, count));
-            let mut part = vec![T::ZERO; weights + if with_bias { d_output } else { 0 }];
-            let (weight, bias) = part.split_at_mut(weights);
-            multiply(weight, x.transposed(), dy, false);
-            if with_bias {
-                add_rows(bias, dy);
-            }
-            part
-        })
-        .collect();
-    let mut sum = parts.remove(0);
-    for part in parts {
+            let (x, dy) = (x.rows(start, count).transposed(), dy.rows(start, count));
+            part.par_chunks_mut(band * d_output.max(1))
+                .enumerate()
+                .for_each(|(n, out)| {
+                    let rows = x.rows(n * band, out.len() / d_output);
+                    multiply(out, rows, dy, false);
+                });
+        });
+    sum_parts(parts, weights)
+}
+
+/// The sum of `dy` over tokens: slices of tokens in parallel, summed in order.
+fn bias_gradient<T: Real>(dy: Matrix<'_, T>) -> Vec<T> {
+    let [tokens, d_output] = dy.shape;
+    let slice = slice_of(tokens);
+    let mut parts = zeros::<T>(tokens.div_ceil(slice).max(1) * d_output);
+    parts
+        .par_chunks_mut(d_output.max(1))
+        .enumerate()
+        .for_each(|(n, part)| {
+            let start = n * slice;
+            add_rows(part, dy.rows(start, slice.min(tokens - start)));
+        });
+    sum_parts(parts, d_output)
+}
+
+fn slice_of(tokens: usize) -> usize {
+    tokens.div_ceil(SLICES).max(SHORTEST_SLICE)
+}
+
+/// The sum of vectors of a size that lie one behind the other, in order.
+fn sum_parts<T: Real>(mut parts: Vec<T>, size: usize) -> Vec<T> {
+    let (sum, rest) = parts.split_at_mut(size);
+    for part in rest.chunks_exact(size.max(1)) {
         sum.iter_mut()
             .zip(part)
-            .for_each(|(sum, part)| *sum += part);
+            .for_each(|(sum, part)| *sum += *part);
     }
-    sum
+    parts.truncate(size);
+    parts
 }
 
 fn add_rows<T: Real>(sum: &mut [T], x: Matrix<'_, T>) {
@@ -217,11 +249,9 @@ fn parameter_gradients_typed<T: Real>(
     let [x, dy] = [x, dy].map(forwards);
     let (x, dy) = (Matrix::<T>::new(&x), Matrix::<T>::new(&dy));
     let ([_, d_input], [_, d_output]) = (x.shape, dy.shape);
-    let mut weight = parameter_gradients(x, dy, with_bias);
-    let bias = weight.split_off(d_input * d_output);
     (
-        tensor(weight, [d_input, d_output]),
-        with_bias.then(|| tensor(bias, [d_output])),
+        tensor(weight_gradient(x, dy), [d_input, d_output]),
+        with_bias.then(|| tensor(bias_gradient(dy), [d_output])),
     )
 }
 
@@ -229,15 +259,19 @@ fn to_f32(tensor: FlexTensor) -> FlexTensor {
     Flex::float_cast(tensor, FloatDType::F32)
 }
 
-/// Both gradients in the operands' dtype; half precision is computed in f32.
-fn gradients(x: FlexTensor, dy: FlexTensor, with_bias: bool) -> (FlexTensor, Option<FlexTensor>) {
-    let dtype = dy.dtype();
-    match dtype {
+/// Both gradients in `dtype`; half precision is computed in f32.
+fn gradients(
+    x: FlexTensor,
+    dy: FlexTensor,
+    dtype: FloatDType,
+    with_bias: bool,
+) -> (FlexTensor, Option<FlexTensor>) {
+    match dy.dtype() {
         DType::F64 => parameter_gradients_typed::<f64>(x, dy, with_bias),
         DType::F32 => parameter_gradients_typed::<f32>(x, dy, with_bias),
         _ => {
             let (weight, bias) = parameter_gradients_typed::<f32>(to_f32(x), to_f32(dy), with_bias);
-            let back = |tensor| Flex::float_cast(tensor, dtype.into());
+            let back = |tensor| Flex::float_cast(tensor, dtype);
             (back(weight), bias.map(back))
         }
     }
@@ -272,12 +306,16 @@ impl ProjectBackend for Flex {
         }
     }
 
-    fn project_weight_gradient(x: FlexTensor, dy: FlexTensor) -> FlexTensor {
-        gradients(x, dy, false).0
+    fn project_weight_gradient(x: FlexTensor, dy: FlexTensor, dtype: FloatDType) -> FlexTensor {
+        gradients(x, dy, dtype, false).0
     }
 
-    fn project_parameter_gradients(x: FlexTensor, dy: FlexTensor) -> (FlexTensor, FlexTensor) {
-        let (weight, bias) = gradients(x, dy, true);
+    fn project_parameter_gradients(
+        x: FlexTensor,
+        dy: FlexTensor,
+        dtype: FloatDType,
+    ) -> (FlexTensor, FlexTensor) {
+        let (weight, bias) = gradients(x, dy, dtype, true);
         (weight, bias.expect("the bias gradient was asked for"))
     }
 }

@@ -9,7 +9,7 @@ mod flex;
 mod reference;
 
 use burn::backend::Dispatch;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use backend::{Bias, ProjectBackend};
 
@@ -22,14 +22,16 @@ use backend::{Bias, ProjectBackend};
 /// - `bias`: `[d_output]`.
 /// - returns `[.., d_output]`.
 ///
-/// All of one dtype; sums are taken in f32 (f64 for f64). Differentiable in all three: the backward
-/// pass keeps `x` and `weight`, splits the sum over tokens of the weight's gradient into slices that
+/// All of one dtype, or, for mixed precision, `x` in half precision and the parameters in f32: they are
+/// then rounded to the type of `x` where they are read, and their gradients come in f32. Sums are taken
+/// in f32 (f64 for f64). Differentiable in all three: the backward pass keeps `x` and `weight`, splits the sum over tokens of the weight's gradient into slices that
 /// are computed side by side, and takes the bias's gradient in the same pass. Results do not vary from
 /// run to run on one device.
 ///
 /// # Panics
 ///
-/// When the last axis of `x` is not `d_input`, the bias is not `[d_output]`, or the dtypes differ.
+/// When the last axis of `x` is not `d_input`, the bias is not `[d_output]`, or the dtypes differ otherwise
+/// than said.
 ///
 /// Source: `torch.nn.functional.linear`.
 ///
@@ -67,9 +69,11 @@ pub fn project<const D: usize>(
         weight.dtype(),
         bias.as_ref().map_or(weight.dtype(), Tensor::dtype),
     ];
+    let half = matches!(dtypes[0], DType::F16 | DType::BF16);
     assert!(
-        dtypes.iter().all(|dtype| *dtype == dtypes[0]),
-        "project: x, weight and bias must have one dtype, not {dtypes:?}"
+        dtypes[1] == dtypes[2] && (dtypes[0] == dtypes[1] || half && dtypes[1] == DType::F32),
+        "project: x, weight and bias must have one dtype, or x half precision and the others f32, \
+         not {dtypes:?}"
     );
     let tokens = shape[..D - 1].iter().product::<usize>();
     let x = x.reshape([tokens, d_input]).into_dispatch();
@@ -115,8 +119,9 @@ pub fn parameter_gradients(x: Tensor<2>, dy: Tensor<2>) -> (Tensor<2>, Tensor<1>
         tokens, rows,
         "parameter_gradients: x and dy must have as many tokens"
     );
+    let dtype = x.dtype().into();
     let (x, dy) = (x.into_dispatch(), dy.into_dispatch());
-    let (weight, bias) = Dispatch::project_parameter_gradients(x, dy);
+    let (weight, bias) = Dispatch::project_parameter_gradients(x, dy, dtype);
     (Tensor::from_dispatch(weight), Tensor::from_dispatch(bias))
 }
 

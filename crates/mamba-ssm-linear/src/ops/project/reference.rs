@@ -2,7 +2,7 @@
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
-use burn::tensor::Shape;
+use burn::tensor::{FloatDType, Shape};
 
 use super::backend::Bias;
 
@@ -15,10 +15,12 @@ pub(crate) fn forward<B: Backend>(
     weight: FloatTensor<B>,
     bias: Bias<B>,
 ) -> FloatTensor<B> {
-    let y = B::float_matmul(x, weight);
+    let dtype = x.dtype().into();
+    let y = B::float_matmul(x, cast::<B>(weight, dtype));
     match bias {
         Bias::Without => y,
         Bias::With(bias) => {
+            let bias = cast::<B>(bias, dtype);
             let width = bias.shape()[0];
             B::float_add(y, B::float_reshape(bias, Shape::new([1, width])))
         }
@@ -30,16 +32,30 @@ pub(crate) fn input_gradient<B: Backend>(
     dy: FloatTensor<B>,
     weight: FloatTensor<B>,
 ) -> FloatTensor<B> {
+    let weight = cast::<B>(weight, dy.dtype().into());
     B::float_matmul(dy, B::float_transpose(weight))
 }
 
 /// `x^T dy`: the gradient of the weight.
-pub(crate) fn weight_gradient<B: Backend>(x: FloatTensor<B>, dy: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_matmul(B::float_transpose(x), dy)
+pub(crate) fn weight_gradient<B: Backend>(
+    x: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    dtype: FloatDType,
+) -> FloatTensor<B> {
+    cast::<B>(B::float_matmul(B::float_transpose(x), dy), dtype)
 }
 
 /// The sum of `dy` over tokens: the gradient of the bias.
-pub(crate) fn bias_gradient<B: Backend>(dy: FloatTensor<B>) -> FloatTensor<B> {
+pub(crate) fn bias_gradient<B: Backend>(dy: FloatTensor<B>, dtype: FloatDType) -> FloatTensor<B> {
     let width = dy.shape()[1];
-    B::float_reshape(B::float_sum_dim(dy, 0), Shape::new([width]))
+    let sum = B::float_reshape(B::float_sum_dim(dy, 0), Shape::new([width]));
+    cast::<B>(sum, dtype)
+}
+
+fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: FloatDType) -> FloatTensor<B> {
+    if tensor.dtype() == dtype.into() {
+        tensor
+    } else {
+        B::float_cast(tensor, dtype)
+    }
 }

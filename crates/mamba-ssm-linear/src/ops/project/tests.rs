@@ -46,6 +46,8 @@ struct Problem {
     weight: Vec<f64>,
     bias: Option<Vec<f64>>,
     dy: Vec<f64>,
+    /// Type of weight and bias, where it is another than that of x.
+    parameters: Option<DType>,
 }
 
 /// The result and the gradients of `x`, the weight and the bias.
@@ -64,6 +66,15 @@ impl Problem {
             weight: draw(d_input * d_output, 2),
             bias: bias.then(|| draw(d_output, 3)),
             dy: draw(tokens * d_output, 4),
+            parameters: None,
+        }
+    }
+
+    /// With parameters in f32, as mixed precision keeps them.
+    fn mixed(self) -> Self {
+        Self {
+            parameters: Some(DType::F32),
+            ..self
         }
     }
 
@@ -118,23 +129,21 @@ impl Problem {
 
     fn run(&self, device: &Device, dtype: DType) -> Solution {
         let device = device.clone().autodiff();
+        let own = self.parameters.unwrap_or(dtype);
         let x = tensor(&self.x, [self.tokens, self.d_input], dtype, &device).require_grad();
         let weight =
-            tensor(&self.weight, [self.d_input, self.d_output], dtype, &device).require_grad();
+            tensor(&self.weight, [self.d_input, self.d_output], own, &device).require_grad();
         let bias = self
             .bias
             .as_ref()
-            .map(|bias| tensor(bias, [self.d_output], dtype, &device).require_grad());
+            .map(|bias| tensor(bias, [self.d_output], own, &device).require_grad());
         let dy = tensor(&self.dy, [self.tokens, self.d_output], dtype, &device);
         let y = project(x.clone(), weight.clone(), bias.clone());
         let grads = (y.clone() * dy).sum().backward();
         let dbias = bias.map_or(Vec::new(), |bias| read(bias.grad(&grads).unwrap()));
-        [
-            read(y),
-            read(x.grad(&grads).unwrap()),
-            read(weight.grad(&grads).unwrap()),
-            dbias,
-        ]
+        let dweight = weight.grad(&grads).unwrap();
+        assert_eq!((y.dtype(), dweight.dtype()), (dtype, own));
+        [read(y), read(x.grad(&grads).unwrap()), read(dweight), dbias]
     }
 
     fn check(&self, name: &str, device: &Device, dtype: DType) {
@@ -240,6 +249,22 @@ fn f16_equals_the_loops() {
     for (name, device) in devices() {
         let problem = Problem::new([300, 64, 80], true, DType::F16);
         problem.check(name, &device, DType::F16);
+    }
+}
+
+#[test]
+fn half_precision_with_parameters_in_f32_equals_the_loops() {
+    for (name, device) in devices() {
+        for (dtype, bias) in [
+            (DType::BF16, true),
+            (DType::BF16, false),
+            (DType::F16, true),
+        ] {
+            for [d_input, d_output] in [[64, 80], [64, 656], [5, 64], [64, 5]] {
+                let problem = Problem::new([300, d_input, d_output], bias, dtype);
+                problem.mixed().check(name, &device, dtype);
+            }
+        }
     }
 }
 
@@ -417,10 +442,10 @@ fn a_million_tokens_are_reached() {
 
 #[test]
 #[should_panic(expected = "one dtype")]
-fn mixed_dtypes_are_refused() {
+fn parameters_narrower_than_x_are_refused() {
     let device = Device::default();
-    let x = Tensor::<2>::zeros([4, 3], (&device, DType::BF16));
-    let weight = Tensor::<2>::zeros([3, 2], (&device, DType::F32));
+    let x = Tensor::<2>::zeros([4, 3], (&device, DType::F32));
+    let weight = Tensor::<2>::zeros([3, 2], (&device, DType::BF16));
     project(x, weight, None);
 }
 

@@ -78,10 +78,10 @@ pub(super) fn fetch<E: Float, V: Size>(
     }
 }
 
-/// Writes what [`fetch`] read into shared memory as it lies in the matrix.
+/// Writes what [`fetch`] read into shared memory as it lies in the matrix, in the type of the products.
 #[cube]
-pub(super) fn put<E: Float, V: Size>(
-    values: &Array<Vector<E, V>>,
+pub(super) fn put<F: Float, E: Float, V: Size>(
+    values: &Array<Vector<F, V>>,
     into: &mut Shared<[E]>,
     #[comptime] tile: Tile,
 ) {
@@ -92,7 +92,8 @@ pub(super) fn put<E: Float, V: Size>(
         let row = n / comptime!(tile.row_vectors());
         let column = n % comptime!(tile.row_vectors());
         if comptime!(tile.is_even()) || n < comptime!(tile.vectors()) {
-            into[row * comptime!(tile.stride / tile.vector) + column] = values[share];
+            into[row * comptime!(tile.stride / tile.vector) + column] =
+                Vector::<E, V>::cast_from(values[share]);
         }
     }
 }

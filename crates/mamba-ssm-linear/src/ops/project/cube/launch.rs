@@ -124,7 +124,7 @@ pub(super) fn product(
     // Without a bias anything will do in its place.
     let bias = bias.unwrap_or_else(|| weight.tensor.clone());
     let addresses = address_type(&[&x.tensor, &weight.tensor, &out.tensor]);
-    let elem = dtype_to_elem_type(dtype);
+    let types = [dtype, weight.tensor.dtype].map(dtype_to_elem_type);
     // SAFETY: the kernels reach no element outside the matrices whose shapes and pitches they are given.
     unsafe {
         match plan {
@@ -139,7 +139,7 @@ pub(super) fn product(
                 out.arg(),
                 call,
                 plan,
-                elem,
+                types,
                 plan.vectors,
             ),
             Plan::Plain(plan) => product_plain::launch_unchecked(
@@ -153,7 +153,7 @@ pub(super) fn product(
                 out.arg(),
                 call,
                 plan,
-                elem,
+                types,
                 plan.vectors,
             ),
         }
@@ -165,6 +165,7 @@ pub(super) fn product(
 pub(super) fn parameter_gradients(
     x: CubeTensor,
     dy: CubeTensor,
+    gradient_dtype: DType,
     bias: bool,
 ) -> (CubeTensor, Option<CubeTensor>) {
     let (x, dy) = (Rows::new(x), Rows::new(dy));
@@ -236,7 +237,7 @@ pub(super) fn parameter_gradients(
         }
     }
     let call = ReduceCallLaunch::new(slices, d_input, d_output, rows, columns, area);
-    reduced(sums, call, [d_input, d_output], dtype, bias)
+    reduced(sums, call, [d_input, d_output], gradient_dtype, bias)
 }
 
 /// Adds up the slices' sums.

@@ -151,14 +151,14 @@ fn sync_stage(#[comptime] plan: MatrixPlan) {
 
 /// `c = a b + bias` for `a [rows, k]` and `b [k, columns]` (or its transpose).
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn product_matrix<E: Float, VA: Size, VB: Size, VC: Size>(
+pub(super) fn product_matrix<E: Float, W: Float, VA: Size, VB: Size, VC: Size>(
     a: &[E],
-    b: &[E],
-    bias: &[E],
+    b: &[W],
+    bias: &[W],
     c: &mut [E],
     call: &ProductCall,
     #[comptime] plan: MatrixPlan,
-    #[define(E)] _dtype: ElemType,
+    #[define(E, W)] _types: [ElemType; 2],
     #[define(VA, VB, VC)] _vectors: [usize; 3],
 ) {
     if CUBE_POS >= call.cubes {
@@ -171,25 +171,25 @@ pub(super) fn product_matrix<E: Float, VA: Size, VB: Size, VC: Size>(
     let mut stage_a = Shared::<[E]>::new_aligned_slice(comptime!(left.size()), 128usize);
     let mut stage_b = Shared::<[E]>::new_aligned_slice(comptime!(right.size()), 128usize);
     let mut next_a = Array::<Vector<E, VA>>::new(comptime!(left.shares()));
-    let mut next_b = Array::<Vector<E, VB>>::new(comptime!(right.shares()));
+    let mut next_b = Array::<Vector<W, VB>>::new(comptime!(right.shares()));
     let sums = new_sums(comptime!(plan.frags_m * plan.frags_n));
 
     fetch::<E, VA>(a, &call.a, first_row, 0usize, &mut next_a, left);
-    fetch_right::<E, VB>(b, &call.b, 0usize, first_column, &mut next_b, plan);
+    fetch_right::<W, VB>(b, &call.b, 0usize, first_column, &mut next_b, plan);
     let mut k = 0usize;
     while k < call.a.columns {
         sync_cube();
-        put::<E, VA>(&next_a, &mut stage_a, left);
-        put::<E, VB>(&next_b, &mut stage_b, right);
+        put::<E, E, VA>(&next_a, &mut stage_a, left);
+        put::<W, E, VB>(&next_b, &mut stage_b, right);
         sync_cube();
         k += comptime!(plan.depth);
         if k < call.a.columns {
             fetch::<E, VA>(a, &call.a, first_row, k, &mut next_a, left);
-            fetch_right::<E, VB>(b, &call.b, k, first_column, &mut next_b, plan);
+            fetch_right::<W, VB>(b, &call.b, k, first_column, &mut next_b, plan);
         }
         multiply::<E>(&stage_a, &stage_b, &sums, plan);
     }
-    write::<E, VC>(&sums, bias, c, &call.c, first_row, first_column, plan);
+    write::<E, W, VC>(&sums, bias, c, &call.c, first_row, first_column, plan);
 }
 
 #[cube]
@@ -268,9 +268,9 @@ fn multiply<E: Float>(
 
 /// Writes a plane's sums, block by block through shared memory, with the bias.
 #[cube]
-fn write<E: Float, V: Size>(
+fn write<E: Float, W: Float, V: Size>(
     sums: &Sequence<Matrix<f32>>,
-    bias: &[E],
+    bias: &[W],
     c: &mut [E],
     place: &Place,
     first_row: usize,
@@ -375,8 +375,8 @@ pub(super) fn outer_matrix<E: Float, VX: Size, VY: Size>(
     fetch::<E, VY>(dy, &call.dy, token, first_column, &mut next_dy, right);
     while token < end {
         sync_cube();
-        put::<E, VX>(&next_x, &mut stage_x, left);
-        put::<E, VY>(&next_dy, &mut stage_dy, right);
+        put::<E, E, VX>(&next_x, &mut stage_x, left);
+        put::<E, E, VY>(&next_dy, &mut stage_dy, right);
         sync_cube();
         token += comptime!(plan.depth);
         if token < end {

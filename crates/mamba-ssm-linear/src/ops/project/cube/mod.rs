@@ -16,7 +16,7 @@ mod plan;
 mod reduce;
 
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::DType;
+use burn::tensor::{DType, FloatDType};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -34,7 +34,9 @@ fn has_kernel(tokens: usize, d_input: usize, d_output: usize, tensors: &[&CubeTe
     tokens > 0
         && (1..=LARGEST_WEIGHT).contains(&weight)
         && matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-        && tensors.iter().all(|tensor| tensor.dtype == dtype)
+        && tensors
+            .iter()
+            .all(|tensor| tensor.dtype == dtype || tensor.dtype == DType::F32)
 }
 
 fn shape(tensor: &CubeTensor) -> [usize; 2] {
@@ -69,24 +71,29 @@ impl ProjectBackend for CubeBackend {
         launch::product(dy, weight, None, true)
     }
 
-    fn project_weight_gradient(x: FloatTensor<Self>, dy: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn project_weight_gradient(
+        x: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        dtype: FloatDType,
+    ) -> FloatTensor<Self> {
         let ([tokens, d_input], [_, d_output]) = (shape(&x), shape(&dy));
         if !has_kernel(tokens, d_input, d_output, &[&x, &dy]) {
-            return reference::weight_gradient::<Self>(x, dy);
+            return reference::weight_gradient::<Self>(x, dy, dtype);
         }
-        launch::parameter_gradients(x, dy, false).0
+        launch::parameter_gradients(x, dy, dtype.into(), false).0
     }
 
     fn project_parameter_gradients(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
+        dtype: FloatDType,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let ([tokens, d_input], [_, d_output]) = (shape(&x), shape(&dy));
         if has_kernel(tokens, d_input, d_output, &[&x, &dy]) {
-            let (weight, bias) = launch::parameter_gradients(x, dy, true);
+            let (weight, bias) = launch::parameter_gradients(x, dy, dtype.into(), true);
             return (weight, bias.expect("the bias gradient was asked for"));
         }
-        let bias = reference::bias_gradient::<Self>(dy.clone());
-        (reference::weight_gradient::<Self>(x, dy), bias)
+        let bias = reference::bias_gradient::<Self>(dy.clone(), dtype);
+        (reference::weight_gradient::<Self>(x, dy, dtype), bias)
     }
 }

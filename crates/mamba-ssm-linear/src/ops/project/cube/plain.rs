@@ -131,14 +131,14 @@ fn multiply(
 
 /// `c = a b + bias` for `a [rows, k]` and `b [k, columns]` (or its transpose).
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn product_plain<E: Float, VA: Size, VB: Size, VC: Size>(
+pub(super) fn product_plain<E: Float, W: Float, VA: Size, VB: Size, VC: Size>(
     a: &[E],
-    b: &[E],
-    bias: &[E],
+    b: &[W],
+    bias: &[W],
     c: &mut [E],
     call: &ProductCall,
     #[comptime] plan: PlainPlan,
-    #[define(E)] _dtype: ElemType,
+    #[define(E, W)] _types: [ElemType; 2],
     #[define(VA, VB, VC)] _vectors: [usize; 3],
 ) {
     if CUBE_POS >= call.cubes {
@@ -153,7 +153,7 @@ pub(super) fn product_plain<E: Float, VA: Size, VB: Size, VC: Size>(
     let mut stage_b =
         Shared::<[f32]>::new_aligned_slice(comptime!(DEPTH * plan.stride_n()), 16usize);
     let mut next_a = Array::<Vector<E, VA>>::new(comptime!(left.shares()));
-    let mut next_b = Array::<Vector<E, VB>>::new(comptime!(right.shares()));
+    let mut next_b = Array::<Vector<W, VB>>::new(comptime!(right.shares()));
     let mut sums = zeros(comptime!(ROWS * COLUMNS));
     let mut unused = zeros(1usize);
 
@@ -161,24 +161,24 @@ pub(super) fn product_plain<E: Float, VA: Size, VB: Size, VC: Size>(
     while k < call.a.columns {
         fetch::<E, VA>(a, &call.a, first_row, k, &mut next_a, left);
         if comptime!(plan.transposed) {
-            fetch::<E, VB>(b, &call.b, first_column, k, &mut next_b, right);
+            fetch::<W, VB>(b, &call.b, first_column, k, &mut next_b, right);
         } else {
-            fetch::<E, VB>(b, &call.b, k, first_column, &mut next_b, right);
+            fetch::<W, VB>(b, &call.b, k, first_column, &mut next_b, right);
         }
         sync_cube();
         put_f32::<E, VA>(&next_a, &mut stage_a, left, true);
-        put_f32::<E, VB>(&next_b, &mut stage_b, right, comptime!(plan.transposed));
+        put_f32::<W, VB>(&next_b, &mut stage_b, right, comptime!(plan.transposed));
         sync_cube();
         multiply(&stage_a, &stage_b, &mut sums, &mut unused, false, plan);
         k += DEPTH;
     }
-    write::<E, VC>(&sums, bias, c, call, first_row, first_column, plan);
+    write::<E, W, VC>(&sums, bias, c, call, first_row, first_column, plan);
 }
 
 #[cube]
-fn write<E: Float, V: Size>(
+fn write<E: Float, W: Float, V: Size>(
     sums: &Array<f32>,
-    bias: &[E],
+    bias: &[W],
     c: &mut [E],
     call: &ProductCall,
     first_row: usize,
