@@ -4,6 +4,7 @@
 mod conv_and_norm;
 mod kernels;
 mod kernels_local;
+mod kernels_scan;
 mod layers;
 #[cfg(feature = "flex")]
 mod native;

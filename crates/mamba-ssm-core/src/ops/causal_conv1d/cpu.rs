@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::backend::{ConvBackend, Gradients, Operands};
 use crate::ops::native::lanes::{add_scaled, silu, silu_slope};
 use crate::ops::native::rows::{Rows, RowsMut, contiguous, elements, tensor, with_whole_rows};
-use crate::ops::native::{vectorized, with_scratch};
+use crate::ops::native::{vectorized, with_scratch, zeros};
 
 /// Tokens that one task convolves.
 const BLOCK: usize = 64;
@@ -97,16 +97,19 @@ impl Conv<'_> {
             .into_par_iter()
             .for_each(|task| {
                 let (batch, tokens) = self.block(task);
-                vectorized(|| {
-                    for token in tokens {
-                        // SAFETY: the token belongs to this task.
-                        let out = unsafe { y.row(batch, token, 0, self.channels) };
-                        self.sum(batch, token, out);
-                        if self.activation {
-                            out.iter_mut().for_each(|out| *out = silu(*out));
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for token in tokens {
+                            // SAFETY: the token belongs to this task.
+                            let out = unsafe { y.row(batch, token, 0, self.channels) };
+                            self.sum(batch, token, out);
+                            if self.activation {
+                                out.iter_mut().for_each(|out| *out = silu(*out));
+                            }
                         }
-                    }
-                });
+                    },
+                );
             });
     }
 
@@ -125,14 +128,17 @@ impl Conv<'_> {
                 let mut part = vec![0.0; weights + self.channels];
                 let rows = (BLOCK + self.width() - 1) * self.channels;
                 with_scratch([rows], |[dsums]| {
-                    vectorized(|| {
-                        self.dsums(batch, &tokens, dy, dsums);
-                        self.parameters(batch, &tokens, dsums, &mut part);
-                        self.inputs(batch, &tokens, dsums, dx);
-                        if let (0, Some(dinitial)) = (tokens.start, dinitial) {
-                            self.past(batch, dsums, dinitial);
-                        }
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            self.dsums(batch, &tokens, dy, dsums);
+                            self.parameters(batch, &tokens, dsums, &mut part);
+                            self.inputs(batch, &tokens, dsums, dx);
+                            if let (0, Some(dinitial)) = (tokens.start, dinitial) {
+                                self.past(batch, dsums, dinitial);
+                            }
+                        },
+                    );
                 });
                 part
             })
@@ -266,7 +272,7 @@ impl ConvBackend for Flex {
         let prepared = Prepared::new(operands);
         let conv = prepared.conv(activation);
         let shape = [conv.batch, conv.length, conv.channels];
-        let mut y = vec![0.0; shape.iter().product()];
+        let mut y = zeros(shape.iter().product());
         conv.forward(&RowsMut::new(&mut y, conv.length, conv.channels));
         tensor(y, shape)
     }
@@ -279,7 +285,7 @@ impl ConvBackend for Flex {
         let prepared = Prepared::new(operands);
         let conv = prepared.conv(activation);
         let (shape, width) = ([conv.batch, conv.length, conv.channels], conv.width());
-        let mut dx = vec![0.0; shape.iter().product()];
+        let mut dx = zeros(shape.iter().product());
         let past = [conv.batch, (width - 1).max(1), conv.channels];
         let mut dinitial = vec![0.0; past.iter().product()];
         let dy = with_whole_rows(dy);

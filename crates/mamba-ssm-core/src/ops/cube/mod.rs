@@ -1,5 +1,6 @@
-//! What the kernels share: tiles in shared memory, their products, sums over rows.
+//! What the kernels share: tiles in shared memory, their products there and in registers, sums over rows.
 
+pub(crate) mod fragment;
 pub(crate) mod place;
 pub(crate) mod product;
 pub(crate) mod reduce;

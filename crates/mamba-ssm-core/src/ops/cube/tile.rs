@@ -25,6 +25,11 @@ impl Tile {
         self.groups * self.padded / self.vector
     }
 
+    /// Vectors that each of so many units carries.
+    pub(crate) fn shares(&self, units: usize) -> usize {
+        (self.rows * self.vectors()).div_ceil(units)
+    }
+
     /// Elements of shared memory that it takes.
     pub(crate) fn size(&self) -> usize {
         self.rows * self.stride
@@ -58,5 +63,57 @@ pub(crate) fn load<I: Float, E: Float, V: Size>(
         }
         into[(row * comptime!(tile.stride) + column) / comptime!(tile.vector)] = value;
         n += comptime!(team.units);
+    }
+}
+
+/// Reads a unit's share of a tile into registers, to be [`put`] into shared memory later: all reads are
+/// under way before the first is needed, and what is computed in between hides them.
+#[cube]
+pub(crate) fn fetch<E: Float, V: Size>(
+    from: &[E],
+    base: usize,
+    row_stride: usize,
+    rows: usize,
+    into: &mut Array<Vector<E, V>>,
+    #[comptime] tile: Tile,
+    #[comptime] units: usize,
+) {
+    let from = from.as_vectorized().with_vector_size::<V>();
+    #[unroll]
+    for share in 0..comptime!(tile.shares(units)) {
+        let n = UNIT_POS as usize + comptime!(share * units);
+        let row = n / comptime!(tile.vectors());
+        let column = n % comptime!(tile.vectors()) * comptime!(tile.vector);
+        let group = column / comptime!(tile.padded);
+        let inside = column % comptime!(tile.padded);
+        let exists = row < rows && inside < comptime!(tile.width);
+        // A select rather than a branch, so that the reads do not wait for each other.
+        let place = base + row * row_stride + group * comptime!(tile.width) + inside;
+        let value = from[select(exists, place / comptime!(tile.vector), 0usize)];
+        into[share] = select(exists, value, Vector::new(E::from_int(0)));
+    }
+}
+
+/// Writes what [`fetch`] read into shared memory, from element `start` on.
+#[cube]
+pub(crate) fn put<E: Float, V: Size>(
+    values: &Array<Vector<E, V>>,
+    into: &mut Shared<[E]>,
+    start: usize,
+    #[comptime] tile: Tile,
+    #[comptime] units: usize,
+) {
+    let into = into.as_vectorized_mut().with_vector_size_mut::<V>();
+    #[unroll]
+    for share in 0..comptime!(tile.shares(units)) {
+        let n = UNIT_POS as usize + comptime!(share * units);
+        let row = n / comptime!(tile.vectors());
+        let column = n % comptime!(tile.vectors());
+        if comptime!((tile.rows * tile.vectors()).is_multiple_of(units))
+            || n < comptime!(tile.rows * tile.vectors())
+        {
+            let at = (start + row * comptime!(tile.stride)) / comptime!(tile.vector) + column;
+            into[at] = values[share];
+        }
     }
 }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::backend::{Gradients, NormBackend, Operands, Spec};
 use crate::ops::native::lanes::{add_scaled, dot, sigmoid};
 use crate::ops::native::rows::{Rows, RowsMut, contiguous, elements, tensor, with_whole_rows};
-use crate::ops::native::{vectorized, with_scratch};
+use crate::ops::native::{vectorized, with_scratch, zeros};
 
 /// Tokens that one task normalises.
 const BLOCK: usize = 64;
@@ -69,13 +69,16 @@ impl Norm<'_> {
             .for_each(|task| {
                 let (batch, tokens) = self.block(task);
                 with_scratch([dim, dim], |[gate, value]| {
-                    vectorized(|| {
-                        for token in tokens {
-                            // SAFETY: the token belongs to this task.
-                            let y = unsafe { y.row(batch, token, 0, dim) };
-                            self.token(batch, token, &mut gate[..dim], &mut value[..dim], y);
-                        }
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for token in tokens {
+                                // SAFETY: the token belongs to this task.
+                                let y = unsafe { y.row(batch, token, 0, dim) };
+                                self.token(batch, token, &mut gate[..dim], &mut value[..dim], y);
+                            }
+                        },
+                    );
                 });
             });
     }
@@ -161,24 +164,27 @@ impl Norm<'_> {
                         value: &mut value[..dim],
                         dvalue: &mut dvalue[..dim],
                     };
-                    vectorized(|| {
-                        for token in tokens {
-                            let dy = dy.row(batch, token);
-                            // SAFETY: the token belongs to this task.
-                            let dx = unsafe { dx.row(batch, token, 0, dim) };
-                            // SAFETY: as above.
-                            let dz = dz.map(|dz| unsafe { dz.row(batch, token, 0, dim) });
-                            self.values(batch, token, work.gate, Some(work.slope), work.value);
-                            self.token_backward(
-                                self.x.row(batch, token),
-                                dy,
-                                &mut work,
-                                dx,
-                                dz,
-                                &mut part,
-                            );
-                        }
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            for token in tokens {
+                                let dy = dy.row(batch, token);
+                                // SAFETY: the token belongs to this task.
+                                let dx = unsafe { dx.row(batch, token, 0, dim) };
+                                // SAFETY: as above.
+                                let dz = dz.map(|dz| unsafe { dz.row(batch, token, 0, dim) });
+                                self.values(batch, token, work.gate, Some(work.slope), work.value);
+                                self.token_backward(
+                                    self.x.row(batch, token),
+                                    dy,
+                                    &mut work,
+                                    dx,
+                                    dz,
+                                    &mut part,
+                                );
+                            }
+                        },
+                    );
                 });
                 part
             })
@@ -297,7 +303,7 @@ impl NormBackend for Flex {
         let prepared = Prepared::new(operands);
         let norm = prepared.norm(spec);
         let shape = [norm.batch, norm.length, norm.dim()];
-        let mut y = vec![0.0; shape.iter().product()];
+        let mut y = zeros(shape.iter().product());
         norm.forward(&RowsMut::new(&mut y, norm.length, norm.dim()));
         tensor(y, shape)
     }
@@ -311,7 +317,7 @@ impl NormBackend for Flex {
         let norm = prepared.norm(spec);
         let shape = [norm.batch, norm.length, norm.dim()];
         let size = shape.iter().product();
-        let (mut dx, mut dz) = (vec![0.0; size], vec![0.0; size]);
+        let (mut dx, mut dz) = (zeros(size), zeros(size));
         let dy = with_whole_rows(dy);
         let rows = |data| RowsMut::new(data, norm.length, norm.dim());
         let dz_rows = norm.z.is_some().then(|| rows(&mut dz));

@@ -9,6 +9,7 @@ use crate::ops::causal_conv1d::cpu::{Conv, taps};
 use crate::ops::gated_rms_norm::backend::Spec as NormSpec;
 use crate::ops::gated_rms_norm::cpu::Norm;
 use crate::ops::native::rows::{Rows, RowsMut, contiguous, elements, tensor, with_whole_rows};
+use crate::ops::native::zeros;
 use crate::ops::ssd::backend::Spec as ScanSpec;
 use crate::ops::ssd::cpu::{Destinations, Scan, Sizes, backward, forward};
 
@@ -60,8 +61,8 @@ impl Block {
         [b, b + self.spec.groups * self.spec.state]
     }
 
-    fn zeros(&self, width: usize) -> Vec<f32> {
-        vec![0.0; self.batch * self.length * width]
+    fn rows(&self, width: usize) -> Vec<f32> {
+        zeros(self.batch * self.length * width)
     }
 
     fn conv(&self) -> Conv<'_> {
@@ -128,14 +129,14 @@ impl InnerBackend for Flex {
     fn mamba2_inner_forward(operands: Operands<Self>, spec: InnerSpec) -> Forward<Self> {
         let block = Block::new(operands, spec);
         let (d_inner, channels) = (spec.d_inner(), spec.conv_dim());
-        let mut convolved = block.zeros(channels);
+        let mut convolved = block.rows(channels);
         block
             .conv()
             .forward(&RowsMut::new(&mut convolved, block.length, channels));
-        let mut scanned = block.zeros(d_inner);
+        let mut scanned = block.rows(d_inner);
         let rows = RowsMut::new(&mut scanned, block.length, d_inner);
         let (_, states) = forward(&block.scan(&convolved), &rows, true);
-        let mut y = block.zeros(d_inner);
+        let mut y = block.rows(d_inner);
         block
             .norm(&scanned)
             .forward(&RowsMut::new(&mut y, block.length, d_inner));
@@ -163,9 +164,9 @@ impl InnerBackend for Flex {
         let [convolved, scanned] = [&convolved, &scanned].map(elements);
         let dy = with_whole_rows(dy);
 
-        let mut dzxbcdt = block.zeros(width);
-        let mut dscanned = block.zeros(d_inner);
-        let mut dxbc = block.zeros(channels);
+        let mut dzxbcdt = block.rows(width);
+        let mut dscanned = block.rows(d_inner);
+        let mut dxbc = block.rows(channels);
         let wide = RowsMut::new(&mut dzxbcdt, length, width);
         let to_scanned = RowsMut::new(&mut dscanned, length, d_inner);
         let dnorm = block

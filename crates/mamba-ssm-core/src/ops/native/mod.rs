@@ -5,6 +5,7 @@ pub(crate) mod product;
 pub(crate) mod rows;
 mod scratch;
 
+pub(crate) use mamba_ssm_linear::memory::zeros;
 pub(crate) use scratch::with_scratch;
 
 /// Widths of scratch rows are multiples of this, so that products need no edge cases in columns.

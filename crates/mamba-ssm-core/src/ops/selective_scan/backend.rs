@@ -92,7 +92,7 @@ pub trait ScanBackend: Backend {
         keep: bool,
     ) -> Forward<Self> {
         let _ = (operands, softplus, keep);
-        unreachable!("forward passes run below autodiff, where is_native() holds")
+        unreachable!("forward passes run below autodiff, where has_kernels() holds")
     }
 
     /// The backward pass, from the gradients of both outputs.
@@ -105,12 +105,19 @@ pub trait ScanBackend: Backend {
         softplus: bool,
     ) -> Gradients<Self> {
         let _ = (operands, states, dy, dfinal_state, softplus);
-        unreachable!("backward passes run below autodiff, where is_native() holds")
+        unreachable!("backward passes run below autodiff, where has_kernels() holds")
     }
 }
 
+/// States per channel that kernels take.
+pub(super) const MOST_STATES: usize = 256;
+
+/// Tokens between two states that kernels keep for the backward pass, which has those of a chunk in
+/// registers.
 #[cfg(feature = "cubecl")]
-impl ScanBackend for burn_cubecl::CubeBackend {}
+pub(super) fn chunk(state: usize) -> usize {
+    if state > 128 { 8 } else { 16 }
+}
 
 #[cfg(feature = "cubecl")]
 fn state_spec(u: &TensorSpec, a: &TensorSpec) -> TensorSpec {
@@ -118,12 +125,18 @@ fn state_spec(u: &TensorSpec, a: &TensorSpec) -> TensorSpec {
 }
 
 #[cfg(feature = "cubecl")]
-fn forward_specs(operands: &OperandsMetadata, _softplus: &bool, _keep: &bool) -> ForwardMetadata {
+fn forward_specs(operands: &OperandsMetadata, _softplus: &bool, keep: &bool) -> ForwardMetadata {
     let OperandsMetadata { u, a, .. } = operands;
+    let [batch, length, dim]: [usize; 3] = u.shape.dims();
+    let state = a.shape[1];
+    let kept = match keep {
+        true => batch * length.div_ceil(chunk(state)) * dim * state.next_power_of_two(),
+        false => 1,
+    };
     ForwardMetadata {
         y: u.clone(),
         final_state: state_spec(u, a),
-        states: state_spec(u, a),
+        states: TensorSpec::new(Shape::new([kept]), DType::F32),
     }
 }
 

@@ -4,13 +4,15 @@ mod autodiff;
 mod backend;
 #[cfg(feature = "flex")]
 mod cpu;
+#[cfg(feature = "cubecl")]
+mod cube;
 mod reference;
 
 use backend::{Operands, ScanBackend};
 use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Tensor};
 
-use crate::ops::device::has_cpu_kernels;
+use crate::ops::device::{has_cpu_kernels, has_kernels};
 use crate::ops::optional::Optional;
 use crate::ops::precision::{narrow_to, widen};
 
@@ -104,7 +106,9 @@ pub struct ScanOutput {
 /// ```
 pub fn selective_scan(input: ScanInput, options: &ScanOptions) -> ScanOutput {
     check(&input);
-    if has_cpu_kernels(&input.u.device(), input.u.dtype()) {
+    let (device, dtype) = (input.u.device(), input.u.dtype());
+    let few = input.a.dims()[1] <= backend::MOST_STATES;
+    if has_cpu_kernels(&device, dtype) || few && has_kernels(&device, dtype) {
         native(input, options)
     } else {
         reference::selective_scan(input, options)

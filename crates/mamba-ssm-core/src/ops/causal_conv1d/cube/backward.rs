@@ -13,7 +13,9 @@
 
 use cubecl::prelude::*;
 
-use super::forward::{Call, Plan, Share, first_window, load_rows, push, share, token, weigh};
+use super::forward::{
+    Call, Plan, Share, first_window, load_bias, load_weight, push, share, token, weigh,
+};
 use crate::ops::cube::place::Place;
 
 #[cube(launch)]
@@ -35,8 +37,8 @@ pub(super) fn backward<I: Float, V: Size>(
     if ABSOLUTE_POS < call.units {
         let share = share(call, plan);
         let before = comptime!(plan.width - 1);
-        let weight = load_rows::<V>(weight, &share, call, comptime!(plan.width), plan);
-        let bias = load_rows::<V>(bias, &share, call, 1usize, plan);
+        let weight = load_weight::<V>(weight, &share, plan);
+        let bias = load_bias::<V>(bias, &share, plan);
         let mut window = first_window::<I, V>(x, initial, &share, call, plan);
         let mut gradients = zeros::<V>(comptime!(plan.width));
         // One row per place of the window, and the bias.
@@ -51,7 +53,7 @@ pub(super) fn backward<I: Float, V: Size>(
                 let dy = dy.as_vectorized().with_vector_size::<V>();
                 gradient = Vector::<f32, V>::cast_from(dy[place / comptime!(plan.vector)]);
                 if comptime!(plan.activation) {
-                    gradient *= slope::<V>(weigh::<V>(&window, &weight, bias[0], plan));
+                    gradient *= slope::<V>(weigh::<V>(&window, &weight, bias, plan));
                 }
             }
             push::<V>(&mut gradients, gradient, plan);
@@ -113,6 +115,7 @@ fn reversed<V: Size>(
     sum
 }
 
+/// One row of gradients: those of `weight`, `[channels, width]`, and behind them those of `bias`.
 #[cube]
 fn store_sums<V: Size>(
     sums: &Array<Vector<f32, V>>,
@@ -121,10 +124,16 @@ fn store_sums<V: Size>(
     call: &Call,
     #[comptime] plan: Plan,
 ) {
-    let to = dparameters.as_vectorized_mut().with_vector_size_mut::<V>();
+    let row = share.run * comptime!(plan.width + 1) * call.channels;
     #[unroll]
-    for k in 0..comptime!(plan.width + 1) {
-        let row = share.run * comptime!(plan.width + 1) + k;
-        to[(row * call.channels + share.channel) / comptime!(plan.vector)] = sums[k];
+    for k in 0..comptime!(plan.width) {
+        let sum = sums[k];
+        #[unroll]
+        for v in 0..comptime!(plan.vector) {
+            dparameters[row + (share.channel + v) * comptime!(plan.width) + k] = sum.extract(v);
+        }
     }
+    let bias = row + comptime!(plan.width) * call.channels + share.channel;
+    let to = dparameters.as_vectorized_mut().with_vector_size_mut::<V>();
+    to[bias / comptime!(plan.vector)] = sums[comptime!(plan.width)];
 }

@@ -20,6 +20,7 @@ pub(super) struct Plan {
     /// Tokens of a run.
     pub(super) run: usize,
     pub(super) activation: bool,
+    pub(super) bias: bool,
     /// Whether there are tokens before the first.
     pub(super) initial: bool,
 }
@@ -61,22 +62,39 @@ pub(super) fn share(call: &Call, #[comptime] plan: Plan) -> Share {
     }
 }
 
-/// `count` rows of a `[count, channels]` parameter.
+/// A unit's columns of `weight`, `[channels, width]`: one vector per place of the window.
 #[cube]
-pub(super) fn load_rows<V: Size>(
-    from: &[f32],
+pub(super) fn load_weight<V: Size>(
+    weight: &[f32],
     share: &Share,
-    call: &Call,
-    #[comptime] count: usize,
     #[comptime] plan: Plan,
 ) -> Array<Vector<f32, V>> {
-    let from = from.as_vectorized().with_vector_size::<V>();
-    let mut rows = Array::<Vector<f32, V>>::new(count);
+    let mut rows = Array::<Vector<f32, V>>::new(comptime!(plan.width));
     #[unroll]
-    for k in 0..count {
-        rows[k] = from[(k * call.channels + share.channel) / comptime!(plan.vector)];
+    for k in 0..comptime!(plan.width) {
+        let mut row = Vector::<f32, V>::new(0.0f32);
+        #[unroll]
+        for v in 0..comptime!(plan.vector) {
+            row.insert(v, weight[(share.channel + v) * comptime!(plan.width) + k]);
+        }
+        rows[k] = row;
     }
     rows
+}
+
+/// A unit's part of `bias`, `[channels]`; zeros where there is none.
+#[cube]
+pub(super) fn load_bias<V: Size>(
+    bias: &[f32],
+    share: &Share,
+    #[comptime] plan: Plan,
+) -> Vector<f32, V> {
+    let mut value = Vector::<f32, V>::new(0.0f32);
+    if comptime!(plan.bias) {
+        let bias = bias.as_vectorized().with_vector_size::<V>();
+        value = bias[share.channel / comptime!(plan.vector)];
+    }
+    value
 }
 
 /// Token `shifted - (W - 1)`, which may stand before the first.
@@ -166,8 +184,8 @@ pub(super) fn forward<I: Float, V: Size>(
 ) {
     if ABSOLUTE_POS < call.units {
         let share = share(call, plan);
-        let weight = load_rows::<V>(weight, &share, call, comptime!(plan.width), plan);
-        let bias = load_rows::<V>(bias, &share, call, 1usize, plan);
+        let weight = load_weight::<V>(weight, &share, plan);
+        let bias = load_bias::<V>(bias, &share, plan);
         let y = y.as_vectorized_mut().with_vector_size_mut::<V>();
         let mut window = first_window::<I, V>(x, initial, &share, call, plan);
         for t in share.start..share.end {
@@ -180,7 +198,7 @@ pub(super) fn forward<I: Float, V: Size>(
                 plan,
             );
             push::<V>(&mut window, next, plan);
-            let mut value = weigh::<V>(&window, &weight, bias[0], plan);
+            let mut value = weigh::<V>(&window, &weight, bias, plan);
             if comptime!(plan.activation) {
                 value /= Vector::new(1.0f32) + (-value).exp();
             }

@@ -3,7 +3,6 @@
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
-use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
@@ -11,7 +10,7 @@ use super::backward::backward as backward_kernel;
 use super::forward::{CallLaunch, Plan, forward as forward_kernel};
 use crate::ops::cube::place::{Rows, common_vector};
 use crate::ops::cube::reduce::sum_rows;
-use crate::ops::cube::{as_f32, elem, empty_like, filled, grid};
+use crate::ops::cube::{as_f32, elem, empty_like, grid};
 
 /// Tokens of a run.
 const RUN: usize = 32;
@@ -63,6 +62,7 @@ impl Conv {
             vector: common_vector(most, &[self.channels]),
             run: RUN,
             activation: self.activation,
+            bias: self.bias.is_some(),
             initial: self.initial.is_some(),
         }
     }
@@ -90,19 +90,13 @@ impl Conv {
         )
     }
 
-    /// `[width, channels]`, `[channels]` and the initial state, f32.
+    /// Weight, bias and initial state, f32; the weight in the place of what is absent.
     fn parameters(&self) -> [CubeTensor; 3] {
-        let like = &self.x.tensor;
-        let weight = CubeBackend::float_swap_dims(as_f32(self.weight.clone()), 0, 1);
-        [
-            into_contiguous(weight),
-            self.bias
-                .clone()
-                .map_or_else(|| filled(like, [self.channels], 0.0), as_f32),
-            self.initial
-                .clone()
-                .map_or_else(|| filled(like, [16], 0.0), as_f32),
-        ]
+        let weight = as_f32(self.weight.clone());
+        let or_weight =
+            |tensor: &Option<CubeTensor>| tensor.clone().map_or_else(|| weight.clone(), as_f32);
+        let (bias, initial) = (or_weight(&self.bias), or_weight(&self.initial));
+        [weight, bias, initial]
     }
 
     /// The output, written to `y`'s rows.
@@ -133,7 +127,7 @@ impl Conv {
         let [weight, bias, initial] = self.parameters();
         let (width, channels) = (plan.width, self.channels);
         let like = &self.x.tensor;
-        let rows = empty_like(like, [self.runs(), width + 1, channels], DType::F32);
+        let rows = empty_like(like, [self.runs(), (width + 1) * channels], DType::F32);
         let before = (width - 1).max(1);
         let dinitial = empty_like(like, [self.batch, before, channels], DType::F32);
         backward_kernel::launch(
@@ -155,13 +149,13 @@ impl Conv {
             plan.vector,
         );
         let sums = sum_rows(rows, self.runs(), (width + 1) * channels);
-        let sums = CubeBackend::float_reshape(sums, Shape::new([width + 1, channels]));
-        let row = |from: usize, to: usize| {
-            CubeBackend::float_slice(sums.clone(), &[(from..to).into(), (0..channels).into()])
+        let part = |from: usize, to: usize| {
+            CubeBackend::float_slice(sums.clone(), &[(from * channels..to * channels).into()])
         };
+        let shape = Shape::new([channels, width]);
         ConvGradients {
-            weight: into_contiguous(CubeBackend::float_swap_dims(row(0, width), 0, 1)),
-            bias: CubeBackend::float_reshape(row(width, width + 1), Shape::new([channels])),
+            weight: CubeBackend::float_reshape(part(0, width), shape),
+            bias: part(width, width + 1),
             initial: dinitial,
         }
     }

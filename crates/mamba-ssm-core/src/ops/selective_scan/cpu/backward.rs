@@ -8,7 +8,7 @@ use super::{CHUNK, SLAB, Scan, Slab, sum_parts, turned};
 use crate::ops::native::LANES;
 use crate::ops::native::lanes::{self, Lanes, exp, sigmoid};
 use crate::ops::native::rows::{Rows, RowsMut};
-use crate::ops::native::{vectorized, with_scratch};
+use crate::ops::native::{vectorized, with_scratch, zeros};
 
 /// The gradients, in the shapes of the operands.
 pub(super) struct Found {
@@ -48,7 +48,6 @@ pub(super) fn backward(
 ) -> Found {
     let tokens = scan.batch * scan.length;
     let narrow = scan.groups * scan.slabs_per_group() * scan.state;
-    let zeros = |size: usize| vec![0.0; size];
     let [mut u, mut delta] = [0, 1].map(|_| zeros(tokens * scan.dim));
     let mut z = zeros(if scan.z.is_some() {
         tokens * scan.dim
@@ -156,12 +155,18 @@ fn walk(
             work.db.fill([0.0; LANES]);
             work.dc.fill([0.0; LANES]);
             for (block, dh) in blocks_with(scan, slab, dh) {
-                vectorized(|| {
-                    repeat(scan, slab, &block, chunk, states, &mut work);
-                    retreat(scan, slab, &block, chunk, dy, dh, &mut work, to);
-                });
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        repeat(scan, slab, &block, chunk, states, &mut work);
+                        retreat(scan, slab, &block, chunk, dy, dh, &mut work, to);
+                    },
+                );
             }
-            vectorized(|| share(scan, slab, chunk, &work, to));
+            vectorized(
+                #[inline(always)]
+                || share(scan, slab, chunk, &work, to),
+            );
         }
         for (block, dh) in blocks_with(scan, slab, dh) {
             for (n, dh) in dh.iter().enumerate() {

@@ -27,7 +27,10 @@ pub(super) fn walk(
                 if let Some(states) = states {
                     store(&block, states, chunk * scan.state, h);
                 }
-                vectorized(|| advance(scan, slab, &block, chunk, h, y));
+                vectorized(
+                    #[inline(always)]
+                    || advance(scan, slab, &block, chunk, h, y),
+                );
             }
         }
         for (block, h) in blocks_with(scan, slab, state) {

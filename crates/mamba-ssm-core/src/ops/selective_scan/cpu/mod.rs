@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use super::backend::{Forward, Gradients, Operands, ScanBackend};
 use crate::ops::native::rows::{Rows, RowsMut, contiguous, elements, tensor, with_whole_rows};
+use crate::ops::native::zeros;
 
 /// Tokens between two states that are kept.
 const CHUNK: usize = 32;
@@ -178,7 +179,7 @@ impl ScanBackend for Flex {
         let scan = prepared.scan();
         let shape = [scan.batch, scan.length, scan.dim];
         let rows = scan.chunks() * scan.state;
-        let mut y = vec![0.0; shape.iter().product()];
+        let mut y = zeros(shape.iter().product());
         let mut last = vec![0.0; scan.batch * scan.state * scan.dim];
         let mut states = vec![
             0.0;

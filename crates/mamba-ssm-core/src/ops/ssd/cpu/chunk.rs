@@ -69,7 +69,11 @@ pub(super) fn to_end(sums: &[f32], out: &mut [f32]) {
     for (sums, out) in sums.chunks_exact(CHUNK).zip(out.chunks_exact_mut(CHUNK)) {
         let total = total(sums);
         for (out, sums) in out.as_chunks_mut().0.iter_mut().zip(sums.as_chunks().0) {
-            *out = lanes::map(*sums, |sum| exp(total - sum));
+            *out = lanes::map(
+                *sums,
+                #[inline(always)]
+                |sum| exp(total - sum),
+            );
         }
     }
 }

@@ -173,13 +173,16 @@ impl Task<'_> {
     fn run(mut self, to: &Destinations<'_>) -> Parts {
         let s = self.scan.sizes;
         let steps = &mut self.steps;
-        vectorized(|| {
-            chunk::steps(self.scan, &self.place, steps.dt, steps.sums);
-            chunk::from_start(steps.sums, steps.from_start);
-            chunk::to_end(&steps.sums[..s.heads * CHUNK], steps.to_end);
-            steps.ddt.fill(0.0);
-            steps.dsums.fill(0.0);
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                chunk::steps(self.scan, &self.place, steps.dt, steps.sums);
+                chunk::from_start(steps.sums, steps.from_start);
+                chunk::to_end(&steps.sums[..s.heads * CHUNK], steps.to_end);
+                steps.ddt.fill(0.0);
+                steps.dsums.fill(0.0);
+            },
+        );
         for group in 0..s.groups {
             // `db` is free until the state behind has its turn.
             similarities(
@@ -189,26 +192,35 @@ impl Task<'_> {
                 self.narrow.db,
                 self.squares.scores,
             );
-            vectorized(|| self.load(group));
+            vectorized(
+                #[inline(always)]
+                || self.load(group),
+            );
             self.through_the_state_before(group);
             self.through_the_state_behind(group);
-            vectorized(|| {
-                let x = (&*self.wide.x, s.row());
-                let turned = (&mut *self.wide.turned, CHUNK);
-                let count = self.place.tokens.len();
-                lanes::transpose(x, turned, [count, s.row()]);
-                for row in self.wide.turned[..s.row() * CHUNK].chunks_exact_mut(CHUNK) {
-                    row[count..].fill(0.0);
-                }
-                self.squares.dscores.fill(0.0);
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let x = (&*self.wide.x, s.row());
+                    let turned = (&mut *self.wide.turned, CHUNK);
+                    let count = self.place.tokens.len();
+                    lanes::transpose(x, turned, [count, s.row()]);
+                    for row in self.wide.turned[..s.row() * CHUNK].chunks_exact_mut(CHUNK) {
+                        row[count..].fill(0.0);
+                    }
+                    self.squares.dscores.fill(0.0);
+                },
+            );
             for head in 0..s.per_group() {
                 self.inside(group, head);
             }
             self.through_the_scores();
             self.store(group, to);
         }
-        vectorized(|| self.finish(&to.dt));
+        vectorized(
+            #[inline(always)]
+            || self.finish(&to.dt),
+        );
         self.parts
     }
 
@@ -238,17 +250,20 @@ impl Task<'_> {
             turned,
             ..
         } = &mut self.wide;
-        vectorized(|| {
-            let rows = count * row;
-            chunk::scale_heads(
-                &s,
-                &dy[..rows],
-                &self.steps.from_start[at..],
-                &mut work[..rows],
-            );
-            add_dots(&s, &work[..rows], &dx[..rows], &mut self.steps.dsums[at..]);
-            turn(&s, before, turned);
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                let rows = count * row;
+                chunk::scale_heads(
+                    &s,
+                    &dy[..rows],
+                    &self.steps.from_start[at..],
+                    &mut work[..rows],
+                );
+                add_dots(&s, &work[..rows], &dx[..rows], &mut self.steps.dsums[at..]);
+                turn(&s, before, turned);
+            },
+        );
         Product {
             size: [count, row, state],
             left: Left::rows(work, row),
@@ -278,10 +293,13 @@ impl Task<'_> {
             add: false,
         }
         .run();
-        vectorized(|| {
-            self.steps_behind(group, before, after);
-            turn(&s, after, self.wide.turned);
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                self.steps_behind(group, before, after);
+                turn(&s, after, self.wide.turned);
+            },
+        );
         Product {
             size: [count, row, state],
             left: Left::rows(self.wide.work, row),
@@ -355,18 +373,21 @@ impl Task<'_> {
         }
         .run();
         let at = (group * s.per_group() + h) * CHUNK;
-        vectorized(|| {
-            unweigh(
-                count,
-                squares,
-                [
-                    &self.steps.dt[at..][..CHUNK],
-                    &self.steps.sums[at..][..CHUNK],
-                ],
-                &mut self.steps.ddt[at..][..CHUNK],
-                &mut self.steps.dsums[at..][..CHUNK],
-            );
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                unweigh(
+                    count,
+                    squares,
+                    [
+                        &self.steps.dt[at..][..CHUNK],
+                        &self.steps.sums[at..][..CHUNK],
+                    ],
+                    &mut self.steps.ddt[at..][..CHUNK],
+                    &mut self.steps.dsums[at..][..CHUNK],
+                );
+            },
+        );
         Product {
             size: [count, count, head],
             left: Left::transposed(squares.weights, CHUNK),
@@ -406,7 +427,10 @@ impl Task<'_> {
         let s = &self.scan.sizes;
         let state = padded(s.state);
         // SAFETY: the chunk's tokens belong to this task.
-        vectorized(|| unsafe { chunk::store_heads(s, self.wide.dx, &self.place, group, &to.x) });
+        vectorized(
+            #[inline(always)]
+            || unsafe { chunk::store_heads(s, self.wide.dx, &self.place, group, &to.x) },
+        );
         for (from, to) in [(&*self.narrow.db, &to.b), (&*self.narrow.dc, &to.c)] {
             let tokens = self.place.tokens.clone();
             for (token, from) in tokens.zip(from.chunks_exact(state)) {

@@ -22,6 +22,7 @@ use rayon::prelude::*;
 use super::backend::{Forward, Gradients, Operands, Spec, SsdBackend};
 use crate::ops::native::padded;
 use crate::ops::native::rows::{Rows, RowsMut, contiguous, elements, tensor, with_whole_rows};
+use crate::ops::native::zeros;
 
 /// Tokens of a chunk.
 const CHUNK: usize = 64;
@@ -114,7 +115,7 @@ pub(crate) fn forward(scan: &Scan<'_>, y: &RowsMut<'_>, keep: bool) -> (Vec<f32>
     let sizes = scan.sizes;
     let per_chunk = sizes.batch * sizes.states();
     let (chunks, segment) = (sizes.chunks(), SEGMENT.min(sizes.chunks()));
-    let mut states = vec![0.0; per_chunk * if keep { chunks } else { segment }];
+    let mut states = zeros(per_chunk * if keep { chunks } else { segment });
     let mut carried = states::to_rows(scan.initial, &sizes);
     let mut totals = vec![0.0; segment * sizes.batch * sizes.heads];
     for first in (0..chunks).step_by(SEGMENT) {
@@ -153,7 +154,7 @@ pub(crate) fn backward(
     let sizes = scan.sizes;
     let per_chunk = sizes.batch * sizes.states();
     let (chunks, segment) = (sizes.chunks(), SEGMENT.min(sizes.chunks()));
-    let mut after = vec![0.0; per_chunk * segment];
+    let mut after = zeros(per_chunk * segment);
     let mut carried = states::to_rows(dfinal_state, &sizes);
     let mut totals = vec![0.0; segment * sizes.batch * sizes.heads];
     let mut parts = gradients::Parts::new(&sizes);
@@ -257,7 +258,7 @@ impl SsdBackend for Flex {
         let scan = prepared.scan(spec);
         let s = scan.sizes;
         let width = s.heads * s.headdim;
-        let mut y = vec![0.0; s.batch * s.length * width];
+        let mut y = zeros(s.batch * s.length * width);
         let (last, states) = forward(&scan, &RowsMut::new(&mut y, s.length, width), keep);
         let kept = states.len();
         Forward {
@@ -279,9 +280,9 @@ impl SsdBackend for Flex {
         let s = scan.sizes;
         let tokens = s.batch * s.length;
         let (wide, narrow) = (s.heads * s.headdim, s.groups * s.state);
-        let mut dx = vec![0.0; tokens * wide];
-        let [mut db, mut dc] = [0, 1].map(|_| vec![0.0; tokens * narrow]);
-        let mut ddt = vec![0.0; tokens * s.heads];
+        let mut dx = zeros(tokens * wide);
+        let [mut db, mut dc] = [0, 1].map(|_| zeros(tokens * narrow));
+        let mut ddt = zeros(tokens * s.heads);
         let to = Destinations {
             x: RowsMut::new(&mut dx, s.length, wide),
             b: RowsMut::new(&mut db, s.length, narrow),

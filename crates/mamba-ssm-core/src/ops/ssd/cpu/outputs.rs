@@ -31,24 +31,39 @@ pub(super) fn outputs(
         square,
     ];
     with_scratch(lengths, |[dt, sums, left, x, out, bt, scores, weights]| {
-        vectorized(|| {
-            chunk::steps(scan, &place, dt, sums);
-            chunk::from_start(sums, left);
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                chunk::steps(scan, &place, dt, sums);
+                chunk::from_start(sums, left);
+            },
+        );
         for group in 0..s.groups {
             let before = &before[group * s.state * s.row()..][..s.state * s.row()];
             similarities(scan, &place, group, bt, scores);
-            vectorized(|| chunk::load_heads(s, scan.x, &place, group, x));
+            vectorized(
+                #[inline(always)]
+                || chunk::load_heads(s, scan.x, &place, group, x),
+            );
             carried(scan, &place, group, before, out);
-            vectorized(|| decay_and_skip(scan, group, place.tokens.len(), left, x, out));
+            vectorized(
+                #[inline(always)]
+                || decay_and_skip(scan, group, place.tokens.len(), left, x, out),
+            );
             for head in 0..s.per_group() {
                 let at = (group * s.per_group() + head) * CHUNK;
                 let (dt, sums) = (&dt[at..][..CHUNK], &sums[at..][..CHUNK]);
-                vectorized(|| weigh(place.tokens.len(), scores, dt, sums, weights));
+                vectorized(
+                    #[inline(always)]
+                    || weigh(place.tokens.len(), scores, dt, sums, weights),
+                );
                 inside(s, place.tokens.len(), head, weights, x, out);
             }
             // SAFETY: the chunk's tokens belong to this task.
-            vectorized(|| unsafe { chunk::store_heads(s, out, &place, group, y) });
+            vectorized(
+                #[inline(always)]
+                || unsafe { chunk::store_heads(s, out, &place, group, y) },
+            );
         }
     });
 }
@@ -66,12 +81,15 @@ pub(super) fn similarities(
     let columns = padded(count);
     let (b, stride) = scan.b.from(place.batch, place.tokens.start);
     let b = &b[group * s.state..];
-    vectorized(|| {
-        lanes::transpose((b, stride), (bt, CHUNK), [count, s.state]);
-        for bt in bt.chunks_exact_mut(CHUNK) {
-            bt[count..columns].fill(0.0);
-        }
-    });
+    vectorized(
+        #[inline(always)]
+        || {
+            lanes::transpose((b, stride), (bt, CHUNK), [count, s.state]);
+            for bt in bt.chunks_exact_mut(CHUNK) {
+                bt[count..columns].fill(0.0);
+            }
+        },
+    );
     let (c, stride) = scan.c.from(place.batch, place.tokens.start);
     Product {
         size: [count, s.state, columns],
@@ -164,7 +182,11 @@ fn weigh(count: usize, scores: &[f32], dt: &[f32], sums: &[f32], weights: &mut [
 /// `exp(row_sum - sums[j])` for the columns of a block up to `row`, zeros behind it.
 #[inline(always)]
 pub(super) fn decays(row_sum: f32, sums: &Lanes, row: usize, block: usize) -> Lanes {
-    let mut out = lanes::map(*sums, |sum| exp(row_sum - sum));
+    let mut out = lanes::map(
+        *sums,
+        #[inline(always)]
+        |sum| exp(row_sum - sum),
+    );
     for (l, out) in out.iter_mut().enumerate() {
         *out = if block * LANES + l <= row { *out } else { 0.0 };
     }

@@ -27,19 +27,25 @@ pub(super) fn added(
     let (count, row) = (place.tokens.len(), s.row());
     let heads = s.heads * CHUNK;
     with_scratch([heads, heads, heads, CHUNK * row], |[dt, sums, left, x]| {
-        vectorized(|| {
-            chunk::steps(scan, &place, dt, sums);
-            chunk::to_end(&sums[..heads], left);
-            for (left, dt) in left.iter_mut().zip(&*dt) {
-                *left *= dt;
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                chunk::steps(scan, &place, dt, sums);
+                chunk::to_end(&sums[..heads], left);
+                for (left, dt) in left.iter_mut().zip(&*dt) {
+                    *left *= dt;
+                }
+            },
+        );
         for (head, total) in totals.iter_mut().enumerate() {
             *total = chunk::total(&sums[head * CHUNK..][..CHUNK]);
         }
         let x = &mut x[..count * row];
         for (group, to) in to.chunks_exact_mut(s.state * row).enumerate() {
-            vectorized(|| scaled(s, scan.x, &place, group, left, x));
+            vectorized(
+                #[inline(always)]
+                || scaled(s, scan.x, &place, group, left, x),
+            );
             let (b, stride) = scan.b.from(batch, place.tokens.start);
             Product {
                 size: [s.state, count, row],
@@ -68,16 +74,22 @@ pub(super) fn read(
     let (count, row) = (place.tokens.len(), s.row());
     let heads = s.heads * CHUNK;
     with_scratch([heads, heads, heads, CHUNK * row], |[dt, sums, left, x]| {
-        vectorized(|| {
-            chunk::steps(scan, &place, dt, sums);
-            chunk::from_start(sums, left);
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                chunk::steps(scan, &place, dt, sums);
+                chunk::from_start(sums, left);
+            },
+        );
         for (head, total) in totals.iter_mut().enumerate() {
             *total = chunk::total(&sums[head * CHUNK..][..CHUNK]);
         }
         let x = &mut x[..count * row];
         for (group, to) in to.chunks_exact_mut(s.state * row).enumerate() {
-            vectorized(|| scaled(s, dy, &place, group, left, x));
+            vectorized(
+                #[inline(always)]
+                || scaled(s, dy, &place, group, left, x),
+            );
             let (c, stride) = scan.c.from(batch, place.tokens.start);
             Product {
                 size: [s.state, count, row],
@@ -132,18 +144,21 @@ pub(super) fn carry(
             let (plane, first) = (task / blocks, task % blocks * ROWS);
             let (batch, group) = (plane / s.groups, plane % s.groups);
             let heads = (batch * s.heads + group * s.per_group(), s.per_group());
-            vectorized(|| {
-                for step in 0..chunks {
-                    let chunk = if reverse { chunks - 1 - step } else { step };
-                    let totals = &totals[chunk * s.batch * s.heads + heads.0..][..heads.1];
-                    for (n, carried) in carried.chunks_exact_mut(row).enumerate() {
-                        let at = plane * s.state + first + n;
-                        // SAFETY: the row `at` of every chunk belongs to this task alone.
-                        let state = unsafe { states.row(chunk, at, 0, row) };
-                        exchange(s.head(), totals, state, carried);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for step in 0..chunks {
+                        let chunk = if reverse { chunks - 1 - step } else { step };
+                        let totals = &totals[chunk * s.batch * s.heads + heads.0..][..heads.1];
+                        for (n, carried) in carried.chunks_exact_mut(row).enumerate() {
+                            let at = plane * s.state + first + n;
+                            // SAFETY: the row `at` of every chunk belongs to this task alone.
+                            let state = unsafe { states.row(chunk, at, 0, row) };
+                            exchange(s.head(), totals, state, carried);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
 }
 

@@ -6,9 +6,12 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::gradients::{gradients, skip_parts};
+use super::gradients_matrix::{gradients_matrix, half_planes};
 use super::outputs::outputs;
+use super::outputs_matrix::outputs_matrix;
 use super::plan::{CallLaunch, Plan, Sizes, plan};
 use super::states::{Direction, pass, walk};
+use super::states_matrix::walk_matrix;
 use super::steps::{HEADS, steps, steps_backward};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::reduce::{sum_parts_into, sum_rows};
@@ -132,6 +135,15 @@ impl Ready {
             states,
             limit: [limit.0 as f32, limit.1.min(f64::from(f32::MAX)) as f32],
             scan,
+        }
+    }
+
+    /// Parts in which the gradient of D is summed over a chunk.
+    fn skip_parts(&self) -> usize {
+        if self.plan.fragments {
+            half_planes(self.plan)
+        } else {
+            skip_parts(self.gradient_plan)
         }
     }
 
@@ -286,6 +298,26 @@ impl Ready {
         let size = self.state_size();
         let nothing = || empty_like(like, [16], DType::F32);
         let launch = |start: CubeTensor, states: CubeTensor, last: CubeTensor, mode: Direction| {
+            if self.plan.fragments {
+                let [input, _, kept] = self.types;
+                return walk_matrix::launch(
+                    &self.client(),
+                    grid(cubes),
+                    CubeDim::new_1d(self.plan.walk_units() as u32),
+                    rows.tensor.clone().into_buffer_arg(),
+                    onto.tensor.clone().into_buffer_arg(),
+                    step.clone().into_buffer_arg(),
+                    sum.clone().into_buffer_arg(),
+                    start.into_buffer_arg(),
+                    states.into_buffer_arg(),
+                    last.into_buffer_arg(),
+                    self.call(cubes, rows, onto, &self.own()),
+                    self.plan,
+                    mode,
+                    [input, kept],
+                    self.vectors(),
+                );
+            }
             walk::launch(
                 &self.client(),
                 grid(cubes),
@@ -359,23 +391,45 @@ pub(crate) fn forward(scan: Scan, y: &Rows) -> (CubeTensor, CubeTensor) {
         x: y.clone(),
         ..ready.own()
     };
-    outputs::launch(
-        &ready.client(),
-        grid(cubes),
-        ready.plan.team.cube_dim(),
-        x.tensor.clone().into_buffer_arg(),
-        b.tensor.clone().into_buffer_arg(),
-        c.tensor.clone().into_buffer_arg(),
-        ready.d.clone().into_buffer_arg(),
-        step.into_buffer_arg(),
-        sum.into_buffer_arg(),
-        states.clone().into_buffer_arg(),
-        y.tensor.clone().into_buffer_arg(),
-        ready.call(cubes, x, b, &to),
-        ready.plan,
-        ready.types,
-        ready.vectors(),
-    );
+    let call = ready.call(cubes, x, b, &to);
+    let [input, _, kept] = ready.types;
+    if ready.plan.fragments {
+        outputs_matrix::launch(
+            &ready.client(),
+            grid(cubes),
+            CubeDim::new_1d(ready.plan.output_units() as u32),
+            x.tensor.clone().into_buffer_arg(),
+            b.tensor.clone().into_buffer_arg(),
+            c.tensor.clone().into_buffer_arg(),
+            ready.d.clone().into_buffer_arg(),
+            step.into_buffer_arg(),
+            sum.into_buffer_arg(),
+            states.clone().into_buffer_arg(),
+            y.tensor.clone().into_buffer_arg(),
+            call,
+            ready.plan,
+            [input, kept],
+            ready.vectors(),
+        );
+    } else {
+        outputs::launch(
+            &ready.client(),
+            grid(cubes),
+            ready.plan.team.cube_dim(),
+            x.tensor.clone().into_buffer_arg(),
+            b.tensor.clone().into_buffer_arg(),
+            c.tensor.clone().into_buffer_arg(),
+            ready.d.clone().into_buffer_arg(),
+            step.into_buffer_arg(),
+            sum.into_buffer_arg(),
+            states.clone().into_buffer_arg(),
+            y.tensor.clone().into_buffer_arg(),
+            call,
+            ready.plan,
+            ready.types,
+            ready.vectors(),
+        );
+    }
     (final_state, states)
 }
 
@@ -420,38 +474,82 @@ pub(crate) fn backward(
         dt: to.dt.clone(),
     };
     let dd_rows = if ready.plan.skip {
-        batch * ready.chunks() * skip_parts(ready.gradient_plan)
+        batch * ready.chunks() * ready.skip_parts()
     } else {
         1
     };
     let dd = empty_like(&like, [dd_rows, heads * headdim], DType::F32);
     let cubes = batch * ready.chunks() * ready.tiles() / tiles;
     let [input, tile, kept] = ready.types;
-    gradients::launch(
-        &ready.client(),
-        grid(cubes),
-        ready.gradient_plan.team.cube_dim(),
-        ready.scan.x.tensor.clone().into_buffer_arg(),
-        ready.scan.b.tensor.clone().into_buffer_arg(),
-        ready.scan.c.tensor.clone().into_buffer_arg(),
-        ready.scan.a.clone().into_buffer_arg(),
-        ready.d.clone().into_buffer_arg(),
-        dy.tensor.clone().into_buffer_arg(),
-        step.into_buffer_arg(),
-        sum.into_buffer_arg(),
-        states.into_buffer_arg(),
-        dstates.into_buffer_arg(),
-        direct.x.tensor.clone().into_buffer_arg(),
-        direct.b.tensor.clone().into_buffer_arg(),
-        direct.c.tensor.clone().into_buffer_arg(),
-        dsteps.clone().into_buffer_arg(),
-        decays.clone().into_buffer_arg(),
-        dd.clone().into_buffer_arg(),
-        ready.call(cubes, &ready.scan.x, &ready.scan.b, &direct),
-        ready.gradient_plan,
-        [input, tile, kept, elem(direct.b.tensor.dtype)],
-        ready.vectors(),
-    );
+    let out = elem(direct.b.tensor.dtype);
+    let (client, count) = (ready.client(), grid(cubes));
+    let read = [&ready.scan.x, &ready.scan.b, &ready.scan.c].map(|rows| rows.tensor.clone());
+    let parameters = [ready.scan.a.clone(), ready.d.clone()];
+    let made = [step, sum, states, dstates];
+    let written = [&direct.x, &direct.b, &direct.c].map(|rows| rows.tensor.clone());
+    let terms = [dsteps.clone(), decays.clone(), dd.clone()];
+    let [x, b, c] = read.map(CubeTensor::into_buffer_arg);
+    let [a, d] = parameters.map(CubeTensor::into_buffer_arg);
+    let dy = dy.tensor.clone().into_buffer_arg();
+    let [step, sum, states, dstates] = made.map(CubeTensor::into_buffer_arg);
+    let [dx, db, dc] = written.map(CubeTensor::into_buffer_arg);
+    let [dsteps_arg, decays_arg, dd_arg] = terms.map(CubeTensor::into_buffer_arg);
+    let call = ready.call(cubes, &ready.scan.x, &ready.scan.b, &direct);
+    if ready.plan.fragments {
+        let dim = CubeDim::new_1d(ready.plan.gradient_units() as u32);
+        gradients_matrix::launch(
+            &client,
+            count,
+            dim,
+            x,
+            b,
+            c,
+            a,
+            d,
+            dy,
+            step,
+            sum,
+            states,
+            dstates,
+            dx,
+            db,
+            dc,
+            dsteps_arg,
+            decays_arg,
+            dd_arg,
+            call,
+            ready.plan,
+            [input, kept, out],
+            ready.vectors(),
+        );
+    } else {
+        let (plan, dim) = (ready.gradient_plan, ready.gradient_plan.team.cube_dim());
+        gradients::launch(
+            &client,
+            count,
+            dim,
+            x,
+            b,
+            c,
+            a,
+            d,
+            dy,
+            step,
+            sum,
+            states,
+            dstates,
+            dx,
+            db,
+            dc,
+            dsteps_arg,
+            decays_arg,
+            dd_arg,
+            call,
+            plan,
+            [input, tile, kept, out],
+            ready.vectors(),
+        );
+    }
     if parts > 1 {
         let shape = [parts, batch * length, groups * state];
         sum_parts_into(direct.b.tensor, shape, &to.b);

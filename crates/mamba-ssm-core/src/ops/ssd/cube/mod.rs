@@ -2,13 +2,17 @@
 //!
 //! `steps` makes step sizes and their sums; `states` walks the chunks for the states between them;
 //! `outputs` computes every chunk from the state before it; `gradients` is the backward pass over chunks,
-//! with `states` walked backwards. `plan` chooses sizes; `launch` strings the passes together.
+//! with `states` walked backwards. `states_matrix`, `outputs_matrix` and `gradients_matrix` are the same
+//! passes on devices that multiply fragments in registers. `plan` chooses sizes; `launch` strings the passes together.
 
 mod gradients;
+mod gradients_matrix;
 mod launch;
 mod outputs;
+mod outputs_matrix;
 mod plan;
 mod states;
+mod states_matrix;
 mod steps;
 
 use burn::backend::ops::FloatTensorOps;

@@ -1,8 +1,10 @@
 //! Sizes: what a kernel is compiled for and what a call brings.
 
 use burn::tensor::DType;
+use cubecl::ir::HardwareProperties;
 use cubecl::prelude::*;
 
+use crate::ops::cube::fragment::{LANES, has_fragments};
 use crate::ops::cube::place::Place;
 use crate::ops::cube::product::{Lie, Part, Product};
 use crate::ops::cube::tile::Tile;
@@ -25,6 +27,8 @@ pub(super) struct Plan {
     pub(super) softplus: bool,
     pub(super) skip: bool,
     pub(super) team: Team,
+    /// Whether the passes multiply fragments in registers.
+    pub(super) fragments: bool,
 }
 
 /// Gaps behind the rows of tiles, so that the rows of a block fall into different banks.
@@ -32,6 +36,9 @@ const GAP: usize = 8;
 
 /// Units of a cube that has a multiprocessor to itself.
 const WIDE: usize = 512;
+
+/// The largest state that a plane keeps in registers for 16 channels: 64 of a unit's.
+const MOST_STATE: usize = 128;
 
 /// Bytes that aligning every array of shared memory may cost.
 const ALIGNMENT: usize = 16 * 20;
@@ -51,6 +58,21 @@ impl Plan {
         } else {
             self
         }
+    }
+
+    /// Units of a cube of the walk with fragments: a plane for 16 channels.
+    pub(super) fn walk_units(&self) -> usize {
+        self.channels() / SIDE * LANES
+    }
+
+    /// Units of a cube of the outputs with fragments: a plane for 16 tokens.
+    pub(super) fn output_units(&self) -> usize {
+        self.chunk / SIDE * LANES
+    }
+
+    /// Units of a cube of the gradients with fragments: a plane for 16 later tokens and one for 16 earlier.
+    pub(super) fn gradient_units(&self) -> usize {
+        2 * self.output_units()
     }
 
     pub(super) fn state_padded(&self) -> usize {
@@ -191,6 +213,13 @@ impl Plan {
         }
     }
 
+    /// Whether the state of a plane's channels fits its registers, and pairs can be written.
+    fn suits_fragments(&self, hardware: &HardwareProperties) -> bool {
+        self.state_padded() <= MOST_STATE
+            && self.vector_x.min(self.vector_n) >= 2
+            && self.walk_units().max(self.gradient_units()) <= hardware.max_units_per_cube as usize
+    }
+
     /// Bytes of shared memory of the pass for gradients, the hungriest.
     fn gradient_bytes(&self, tile: usize) -> usize {
         let tiles = 2 * self.tile_n().size()
@@ -269,6 +298,11 @@ pub(super) fn plan(
             softplus,
             skip,
             team,
+            fragments: false,
+        };
+        let plan = Plan {
+            fragments: has_fragments(client, tile) && plan.suits_fragments(hardware),
+            ..plan
         };
         (plan.gradient_bytes(tile.size()) <= memory).then_some(plan)
     })

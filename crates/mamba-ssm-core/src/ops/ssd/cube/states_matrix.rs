@@ -1,0 +1,365 @@
+//! The states at the boundaries of chunks, as `states` has them, on matrix units with fragments.
+//!
+//! ```text
+//! forwards     h <- exp(s[Q]) h + sum_j exp(s[Q] - s[j]) dt[j] x[j] B[j]^T
+//! backwards    g <- exp(s[Q]) g + sum_i exp(s[i]) dy[i] C[i]^T
+//! ```
+//!
+//! A cube owns a tile of channels of one batch entry, a plane 16 of them and all of their state, which
+//! stays where the products are summed: in registers. The next chunk is on its way from memory while this
+//! one is multiplied. Bytes: as in `states`.
+
+use cubecl::prelude::*;
+
+use super::plan::{Call, Plan};
+use super::states::{Direction, state_exists, state_place};
+use crate::ops::cube::SIDE;
+use crate::ops::cube::fragment::{
+    LANES, NARROW, Pair, left_transposed, multiply, own_column, own_row, right, zero_sums,
+};
+use crate::ops::cube::tile::{fetch, put};
+
+/// Tokens' weights that a unit computes per chunk.
+fn weight_shares(plan: Plan) -> usize {
+    (plan.chunk * plan.heads).div_ceil(plan.walk_units())
+}
+
+/// What a cube owns.
+#[derive(CubeType)]
+struct Share {
+    first_head: usize,
+    batch: usize,
+    segment: usize,
+    group: usize,
+}
+
+#[cube]
+fn share(call: &Call, #[comptime] plan: Plan) -> Share {
+    let tiles = call.heads / comptime!(plan.heads);
+    let first_head = CUBE_POS % tiles * comptime!(plan.heads);
+    Share {
+        first_head,
+        batch: CUBE_POS / tiles / call.segments,
+        segment: CUBE_POS / tiles % call.segments,
+        group: first_head / (call.heads / call.groups),
+    }
+}
+
+#[cube(launch)]
+pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
+    x: &[E],
+    b: &[E],
+    steps: &[f32],
+    sums: &[f32],
+    start: &[f32],
+    states: &mut [S],
+    last: &mut [f32],
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] mode: Direction,
+    #[define(E, S)] _types: [ElemType; 2],
+    #[define(VX, VN)] _sizes: [usize; 2],
+) {
+    if CUBE_POS >= call.cubes {
+        terminate!();
+    }
+    let own = share(call, plan);
+    let units = comptime!(plan.walk_units());
+    let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
+    let mut x_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_x.size()), 128usize);
+    let mut b_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 128usize);
+    let mut weights =
+        Shared::<[f32]>::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize);
+    let mut decays = Shared::<[f32]>::new_slice(comptime!(plan.heads));
+    let mut next_x = Array::<Vector<E, VX>>::new(comptime!(tile_x.shares(units)));
+    let mut next_b = Array::<Vector<E, VN>>::new(comptime!(tile_n.shares(units)));
+    let mut next_weights = Array::<f32>::new(comptime!(weight_shares(plan)));
+
+    let size = call.heads * comptime!(plan.headdim * plan.state);
+    let entry = (own.batch * call.segments + own.segment) * size;
+    let mut state = zero_sums(comptime!(plan.state_padded() / NARROW));
+    if comptime!(mode.start) {
+        load_state(start, entry, own.first_head, &mut state, plan);
+    }
+    let from = own.segment * call.per_segment;
+    let to = min(from + call.per_segment, call.chunks);
+    let first = chunk_of(from, from, to, mode);
+    fetch_chunk::<E, VX>(x, first, &own, &mut next_x, call, plan, true);
+    fetch_chunk::<E, VN>(b, first, &own, &mut next_b, call, plan, false);
+    fetch_weights(
+        steps,
+        sums,
+        first,
+        &own,
+        &mut next_weights,
+        call,
+        plan,
+        mode,
+    );
+    for visit in from..to {
+        let chunk = chunk_of(visit, from, to, mode);
+        sync_cube();
+        put::<E, VX>(&next_x, &mut x_tile, 0usize, tile_x, units);
+        put::<E, VN>(&next_b, &mut b_tile, 0usize, tile_n, units);
+        put_weights(
+            &next_weights,
+            sums,
+            chunk,
+            &own,
+            &mut weights,
+            &mut decays,
+            call,
+            plan,
+        );
+        sync_cube();
+        if visit + 1 < to {
+            let next = chunk_of(visit + 1, from, to, mode);
+            fetch_chunk::<E, VX>(x, next, &own, &mut next_x, call, plan, true);
+            fetch_chunk::<E, VN>(b, next, &own, &mut next_b, call, plan, false);
+            fetch_weights(steps, sums, next, &own, &mut next_weights, call, plan, mode);
+        }
+        if comptime!(mode.emit) {
+            let entry = (own.batch * call.chunks + chunk) * size;
+            store_state::<S>(&state, states, entry, own.first_head, plan);
+        }
+        advance::<E>(&x_tile, &b_tile, &weights, &decays, &mut state, plan);
+    }
+    if comptime!(mode.ends) {
+        store_state::<f32>(&state, last, entry, own.first_head, plan);
+    } else {
+        let mut ends = own.segment + 1 == call.segments;
+        if comptime!(mode.backwards) {
+            ends = own.segment == 0;
+        }
+        if ends {
+            store_state::<f32>(&state, last, own.batch * size, own.first_head, plan);
+        }
+    }
+}
+
+/// The chunk of a visit.
+#[cube]
+fn chunk_of(visit: usize, from: usize, to: usize, #[comptime] mode: Direction) -> usize {
+    let mut chunk = visit;
+    if comptime!(mode.backwards) {
+        chunk = from + to - 1 - visit;
+    }
+    chunk
+}
+
+/// A unit's share of a chunk of x, or of B.
+#[cube]
+fn fetch_chunk<E: Float, V: Size>(
+    from: &[E],
+    chunk: usize,
+    own: &Share,
+    into: &mut Array<Vector<E, V>>,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] is_x: bool,
+) {
+    let token = chunk * comptime!(plan.chunk);
+    let rows = min(call.length - token, comptime!(plan.chunk).runtime());
+    let row = own.batch * call.length + token;
+    let units = comptime!(plan.walk_units());
+    if comptime!(is_x) {
+        let base = call.x.offset + row * call.x.row + own.first_head * comptime!(plan.headdim);
+        fetch::<E, V>(
+            from,
+            base,
+            call.x.row,
+            rows,
+            into,
+            comptime!(plan.tile_x()),
+            units,
+        );
+    } else {
+        let base = call.b.offset + row * call.b.row + own.group * comptime!(plan.state);
+        fetch::<E, V>(
+            from,
+            base,
+            call.b.row,
+            rows,
+            into,
+            comptime!(plan.tile_n()),
+            units,
+        );
+    }
+}
+
+/// Where the sums of a token of a chunk and the head of a unit's share lie.
+#[cube]
+fn weight_place(
+    token: usize,
+    head: usize,
+    chunk: usize,
+    own: &Share,
+    call: &Call,
+    #[comptime] plan: Plan,
+) -> usize {
+    let row = (own.batch * call.chunks + chunk) * comptime!(plan.chunk) + token;
+    row * call.heads + own.first_head + head
+}
+
+/// A unit's share of the weights of a chunk's tokens.
+#[cube]
+fn fetch_weights(
+    steps: &[f32],
+    sums: &[f32],
+    chunk: usize,
+    own: &Share,
+    into: &mut Array<f32>,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] mode: Direction,
+) {
+    #[unroll]
+    for share in 0..comptime!(weight_shares(plan)) {
+        let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
+        let head = n % comptime!(plan.heads);
+        let token = min(
+            n / comptime!(plan.heads),
+            comptime!(plan.chunk - 1).runtime(),
+        );
+        let place = weight_place(token, head, chunk, own, call, plan);
+        let mut weight = sums[place].exp();
+        if comptime!(!mode.backwards) {
+            let end = weight_place(
+                comptime!(plan.chunk - 1).runtime(),
+                head,
+                chunk,
+                own,
+                call,
+                plan,
+            );
+            weight = (sums[end] - sums[place]).exp() * steps[place];
+        }
+        into[share] = weight;
+    }
+}
+
+/// Writes the weights, `[heads, chunk]`, and the decay over the chunk, by head.
+#[cube]
+fn put_weights(
+    values: &Array<f32>,
+    sums: &[f32],
+    chunk: usize,
+    own: &Share,
+    weights: &mut Shared<[f32]>,
+    decays: &mut Shared<[f32]>,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    #[unroll]
+    for share in 0..comptime!(weight_shares(plan)) {
+        let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
+        let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
+        if token < comptime!(plan.chunk) {
+            weights[head * comptime!(plan.chunk) + token] = values[share];
+        }
+    }
+    let head = UNIT_POS as usize;
+    if head < comptime!(plan.heads) {
+        let end = weight_place(
+            comptime!(plan.chunk - 1).runtime(),
+            head,
+            chunk,
+            own,
+            call,
+            plan,
+        );
+        decays[head] = sums[end].exp();
+    }
+}
+
+/// `state <- decay state + (weights x)^T b`.
+#[cube]
+fn advance<E: Float>(
+    x_tile: &Shared<[E]>,
+    b_tile: &Shared<[E]>,
+    weights: &Shared<[f32]>,
+    decays: &Shared<[f32]>,
+    state: &mut Array<Pair<f32>>,
+    #[comptime] plan: Plan,
+) {
+    let row = UNIT_POS as usize / LANES * SIDE;
+    let head = row / comptime!(plan.headdim_padded());
+    let decay = Pair::<f32>::new(decays[head]);
+    #[unroll]
+    for n in 0..comptime!(2 * plan.state_padded() / NARROW) {
+        state[n] *= decay;
+    }
+    let weights = weights.as_vectorized().with_vector_size::<Const<2>>();
+    #[unroll]
+    for step in 0..comptime!(plan.chunk / SIDE) {
+        let token = comptime!(step * SIDE);
+        let values = left_transposed::<E>(x_tile, row, token, comptime!(plan.stride_x()));
+        let at = (head * comptime!(plan.chunk) + token + own_column()) / 2;
+        let mut weighted = Array::<Pair<E>>::new(4usize);
+        #[unroll]
+        for n in 0..4usize {
+            let weight = weights[at + comptime!(n / 2 * 4)];
+            weighted[n] = Pair::<E>::cast_from(Pair::<f32>::cast_from(values[n]) * weight);
+        }
+        #[unroll]
+        for n in 0..comptime!(plan.state_padded() / SIDE) {
+            let columns = right::<E>(
+                b_tile,
+                token,
+                comptime!(n * SIDE),
+                comptime!(plan.stride_n()),
+            );
+            multiply::<E>(&weighted, &columns, state, comptime!(2 * n));
+        }
+    }
+}
+
+/// Writes a unit's pairs of the state to `[.., heads, headdim, state]`.
+#[cube]
+fn store_state<S: Float>(
+    state: &Array<Pair<f32>>,
+    to: &mut [S],
+    entry: usize,
+    first_head: usize,
+    #[comptime] plan: Plan,
+) {
+    let to = to.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
+    let first_row = UNIT_POS as usize / LANES * SIDE + own_row();
+    #[unroll]
+    for t in 0..comptime!(plan.state_padded() / NARROW) {
+        let n = comptime!(t * NARROW) + own_column();
+        #[unroll]
+        for half in 0..2usize {
+            let row = first_row + comptime!(half * 8);
+            if state_exists(row, n, plan) {
+                let place = entry + state_place(first_head, row, n, plan);
+                to[place / 2] = Pair::<S>::cast_from(state[comptime!(2 * t + half)]);
+            }
+        }
+    }
+}
+
+/// Reads them.
+#[cube]
+fn load_state(
+    from: &[f32],
+    entry: usize,
+    first_head: usize,
+    state: &mut Array<Pair<f32>>,
+    #[comptime] plan: Plan,
+) {
+    let from = from.as_vectorized().with_vector_size::<Const<2>>();
+    let first_row = UNIT_POS as usize / LANES * SIDE + own_row();
+    #[unroll]
+    for t in 0..comptime!(plan.state_padded() / NARROW) {
+        let n = comptime!(t * NARROW) + own_column();
+        #[unroll]
+        for half in 0..2usize {
+            let row = first_row + comptime!(half * 8);
+            if state_exists(row, n, plan) {
+                let place = entry + state_place(first_head, row, n, plan);
+                state[comptime!(2 * t + half)] = from[place / 2];
+            }
+        }
+    }
+}
