@@ -106,6 +106,15 @@ impl TransformerConfig {
     }
 }
 
+/// The norm in the type of its weight, whatever that of `x`: half precision has not the digits for it.
+fn normalised(norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
+    let (own, wide) = (x.dtype(), norm.gamma.val().dtype());
+    if own == wide {
+        return norm.forward(x);
+    }
+    norm.forward(x.cast(wide)).cast(own)
+}
+
 /// One block: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with dropout on what is added.
 #[derive(Module, Debug)]
 pub struct TransformerBlock {
@@ -123,7 +132,7 @@ pub struct TransformerBlock {
 
 impl TransformerBlock {
     fn forward(&self, x: Tensor<3>, table: Option<&RotaryTable>) -> Tensor<3> {
-        let y = self.attention_norm.forward(x.clone());
+        let y = normalised(&self.attention_norm, x.clone());
         let x = x + self.dropout.forward(self.attention.forward_with(y, table));
         self.feed_forward(x)
     }
@@ -134,13 +143,13 @@ impl TransformerBlock {
         state: AttentionState,
         table: Option<&RotaryTable>,
     ) -> (Tensor<3>, AttentionState) {
-        let y = self.attention_norm.forward(x.clone());
+        let y = normalised(&self.attention_norm, x.clone());
         let (y, state) = self.attention.forward_from_with(y, state, table);
         (self.feed_forward(x + self.dropout.forward(y)), state)
     }
 
     fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let y = self.mlp.forward(self.mlp_norm.forward(x.clone()));
+        let y = self.mlp.forward(normalised(&self.mlp_norm, x.clone()));
         x + self.dropout.forward(y)
     }
 }
@@ -179,6 +188,8 @@ impl TransformerState {
 
 impl Transformer {
     /// Maps `x`, `[batch, length, d_model]`, to the same shape; position `t` depends on positions `0..=t`.
+    /// `x` may be half precision where the parameters are f32: norms and sums are f32 then, products and
+    /// what stands between the layers of the type of `x`.
     ///
     /// # Panics
     ///
@@ -251,7 +262,7 @@ impl Transformer {
 
     fn finish(&self, x: Tensor<3>) -> Tensor<3> {
         match &self.norm {
-            Some(norm) => norm.forward(x),
+            Some(norm) => normalised(norm, x),
             None => x,
         }
     }

@@ -1,12 +1,17 @@
 //! What a backend does for the operator, and how calls reach it.
 
+#[cfg(feature = "cubecl")]
+use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, ExtensionType, backend_extension};
+#[cfg(feature = "cubecl")]
+use burn::tensor::DType;
 
 use super::{Spec, reference};
 
 /// Padding of keys.
 #[derive(ExtensionType, Debug, Clone)]
+#[cfg_attr(feature = "cubecl", extension_type(fusion))]
 pub enum Padding<B: Backend> {
     /// No key is padding.
     None,
@@ -21,18 +26,13 @@ pub enum Padding<B: Backend> {
 /// The defaults work tile by tile in the backend's own tensor operations.
 #[backend_extension(
     Flex: cfg(feature = "flex"),
-    Cube: cfg(any(
-        feature = "cuda",
-        feature = "rocm",
-        feature = "metal",
-        feature = "vulkan",
-        feature = "wgpu",
-        feature = "cpu"
-    )),
+    Cube: cfg(feature = "cubecl"),
+    Fusion: cfg(feature = "cubecl"),
     Autodiff,
 )]
 pub trait FlashAttentionBackend: Backend {
     /// The output alone; differentiable where the backend is.
+    #[fusion(default)]
     fn flash_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -44,6 +44,7 @@ pub trait FlashAttentionBackend: Backend {
     }
 
     /// Output and log-sum-exp.
+    #[fusion(meta = forward_specs)]
     fn flash_attention_forward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -55,6 +56,7 @@ pub trait FlashAttentionBackend: Backend {
     }
 
     /// Gradients of `q`, `k` and `v`.
+    #[fusion(meta = backward_specs)]
     #[allow(clippy::too_many_arguments)]
     fn flash_attention_backward(
         q: FloatTensor<Self>,
@@ -70,12 +72,33 @@ pub trait FlashAttentionBackend: Backend {
     }
 }
 
-#[cfg(any(
-    feature = "cuda",
-    feature = "rocm",
-    feature = "metal",
-    feature = "vulkan",
-    feature = "wgpu",
-    feature = "cpu"
-))]
-impl FlashAttentionBackend for burn::backend::Cube {}
+#[cfg(feature = "cubecl")]
+fn forward_specs(
+    q: &TensorSpec,
+    _k: &TensorSpec,
+    _v: &TensorSpec,
+    _padding: &PaddingMetadata,
+    _spec: &Spec,
+) -> (TensorSpec, TensorSpec) {
+    let mut lse = q.clone();
+    lse.shape[3] = 1;
+    if lse.dtype != DType::F64 {
+        lse.dtype = DType::F32;
+    }
+    (q.clone(), lse)
+}
+
+#[cfg(feature = "cubecl")]
+#[allow(clippy::too_many_arguments)]
+fn backward_specs(
+    q: &TensorSpec,
+    k: &TensorSpec,
+    v: &TensorSpec,
+    _padding: &PaddingMetadata,
+    _out: &TensorSpec,
+    _lse: &TensorSpec,
+    _dout: &TensorSpec,
+    _spec: &Spec,
+) -> (TensorSpec, TensorSpec, TensorSpec) {
+    (q.clone(), k.clone(), v.clone())
+}

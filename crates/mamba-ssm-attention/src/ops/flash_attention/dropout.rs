@@ -13,12 +13,12 @@ use burn::tensor::{Shape, TensorData};
 
 use super::AttentionDropout;
 
-const HALF_BITS: u32 = 15;
-const HALF_MASK: u32 = (1 << HALF_BITS) - 1;
-const KEY_MASK: u32 = (1 << (2 * HALF_BITS)) - 1;
+pub(crate) const HALF_BITS: u32 = 15;
+pub(crate) const HALF_MASK: u32 = (1 << HALF_BITS) - 1;
+pub(crate) const KEY_MASK: u32 = (1 << (2 * HALF_BITS)) - 1;
 /// Odd 16-bit multipliers of the rounds; the middle bits of the product are the round's output.
-const ROUNDS: [u32; 4] = [0xb5a9, 0xd1f3, 0x9e37, 0xc2b3];
-const SHIFT: u32 = 9;
+pub(crate) const ROUNDS: [u32; 4] = [0xb5a9, 0xd1f3, 0x9e37, 0xc2b3];
+pub(crate) const SHIFT: u32 = 9;
 
 /// A position is kept when its hash is below this.
 pub(crate) fn threshold(dropout: &AttentionDropout) -> u32 {
@@ -32,14 +32,33 @@ fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// MurmurHash3's 32-bit finaliser: the same in a kernel as here.
+#[inline(always)]
+fn mix32(mut x: u32) -> u32 {
+    x = (x ^ (x >> 16)).wrapping_mul(0x85eb_ca6b);
+    x = (x ^ (x >> 13)).wrapping_mul(0xc2b2_ae35);
+    x ^ (x >> 16)
+}
+
+/// Four unrelated words from a seed: two for rows, two for columns.
+pub(crate) fn seed_words(seed: u64) -> [u32; 4] {
+    let (a, b) = (
+        mix(seed ^ 0x9e37_79b9_7f4a_7c15),
+        mix(seed ^ 0x3c6e_f372_fe94_f82b),
+    );
+    [a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]
+}
+
 /// Key of one query; `plane` is `batch index * heads + head`.
-pub(crate) fn row_key(seed: u64, plane: usize, i: usize) -> u32 {
-    (mix(mix(seed ^ 0x9e37_79b9_7f4a_7c15) ^ ((plane as u64) << 32 | i as u64)) as u32) & KEY_MASK
+#[inline(always)]
+pub(crate) fn row_key(words: [u32; 4], plane: usize, i: usize) -> u32 {
+    mix32(mix32(i as u32 ^ words[0]) ^ mix32(plane as u32 ^ words[1])) & KEY_MASK
 }
 
 /// Key of one key position.
-pub(crate) fn column_key(seed: u64, j: usize) -> u32 {
-    (mix(mix(seed ^ 0x3c6e_f372_fe94_f82b) ^ j as u64) as u32) & KEY_MASK
+#[inline(always)]
+pub(crate) fn column_key(words: [u32; 4], j: usize) -> u32 {
+    mix32(mix32(j as u32 ^ words[2]) ^ words[3]) & KEY_MASK
 }
 
 /// The hash of a position, below `2^30`.
@@ -67,13 +86,13 @@ pub(crate) fn dropped<B: Backend>(
         let data = TensorData::new(keys, own).convert_dtype(settings.int_dtype.into());
         B::int_expand(B::int_from_data(data, device), Shape::new(shape))
     };
-    let seed = dropout.seed;
+    let words = seed_words(dropout.seed);
     let row_keys = (0..batch * heads)
-        .flat_map(|plane| rows.clone().map(move |i| row_key(seed, plane, i) as i32))
+        .flat_map(|plane| rows.clone().map(move |i| row_key(words, plane, i) as i32))
         .collect();
     let column_keys = columns
         .clone()
-        .map(|j| column_key(seed, j) as i32)
+        .map(|j| column_key(words, j) as i32)
         .collect();
     let x = B::bitwise_xor(
         spread(row_keys, [batch, heads, rows.len(), 1]),
@@ -109,11 +128,12 @@ mod tests {
             .convert::<bool>()
             .try_to_vec::<bool>()
             .unwrap();
+        let words = seed_words(7);
         let mut n = 0;
         for plane in 0..6 {
             for i in 5..12 {
                 for j in 2..40 {
-                    let h = hash(row_key(7, plane, i), column_key(7, j));
+                    let h = hash(row_key(words, plane, i), column_key(words, j));
                     assert_eq!(mask[n], h >= threshold(&dropout), "{plane} {i} {j}");
                     n += 1;
                 }
@@ -127,11 +147,12 @@ mod tests {
             prob: 0.25,
             seed: 1,
         };
+        let words = seed_words(1);
         let n = 400;
         let kept: Vec<Vec<bool>> = (0..n)
             .map(|i| {
                 (0..n)
-                    .map(|j| hash(row_key(1, 0, i), column_key(1, j)) < threshold(&dropout))
+                    .map(|j| hash(row_key(words, 0, i), column_key(words, j)) < threshold(&dropout))
                     .collect()
             })
             .collect();

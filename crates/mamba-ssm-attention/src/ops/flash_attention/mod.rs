@@ -7,6 +7,8 @@ mod autodiff;
 mod backend;
 #[cfg(feature = "flex")]
 mod cpu;
+#[cfg(feature = "cubecl")]
+mod cube;
 mod dropout;
 mod options;
 mod reference;

@@ -126,12 +126,13 @@ impl Sight<'_> {
     ) {
         let threshold = dropout::threshold(dropout);
         let factor = T::from_f64(1.0 / (1.0 - dropout.prob));
+        let words = dropout::seed_words(dropout.seed);
         let mut keys = [0u32; COLUMNS];
         for (key, j) in keys.iter_mut().zip(columns.clone()) {
-            *key = dropout::column_key(dropout.seed, j);
+            *key = dropout::column_key(words, j);
         }
         for (i, row) in rows.clone().zip(tile.chunks_exact_mut(COLUMNS)) {
-            let row_key = dropout::row_key(dropout.seed, self.plane, i);
+            let row_key = dropout::row_key(words, self.plane, i);
             for (value, key) in row.iter_mut().zip(&keys) {
                 let kept = dropout::hash(row_key, *key) < threshold;
                 *value *= if kept { factor } else { T::ZERO };

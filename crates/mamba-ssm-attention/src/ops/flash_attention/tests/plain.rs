@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::super::FlashAttentionOptions;
-use super::super::dropout::{column_key, hash, row_key, threshold};
+use super::super::dropout::{column_key, hash, row_key, seed_words, threshold};
 
 /// Inputs of one call, row-major.
 #[derive(Clone)]
@@ -107,7 +107,8 @@ impl Problem {
     fn kept(&self, plane: usize, i: usize, j: usize) -> f64 {
         match &self.options.dropout {
             Some(dropout) => {
-                let h = hash(row_key(dropout.seed, plane, i), column_key(dropout.seed, j));
+                let words = seed_words(dropout.seed);
+                let h = hash(row_key(words, plane, i), column_key(words, j));
                 if h < threshold(dropout) {
                     1.0 / (1.0 - dropout.prob)
                 } else {
