@@ -1,6 +1,6 @@
 //! Token projections: forward, input gradient, and weight and bias gradient, ours and Burn's.
 //!
-//! `cargo bench -p benches --bench linear` on the CPU; with `--no-default-features --features cuda` (or
+//! `cargo bench -p benches --bench linear` on the CPU; with `--features cuda` (or
 //! another device) the full sizes run, in bf16 and f32. A line per case gives two medians in ms:
 //! `device`, the device's own clock around one call, and `call`, the host's over many calls in a row.
 
@@ -10,13 +10,11 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use benches::{ACCELERATOR, finish};
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use mamba_ssm_linear::ops::project::{input_gradient, parameter_gradients};
 use mamba_ssm_linear::project;
-
-/// Whether the default device is an accelerator: large sizes would take minutes on a CPU.
-const ACCELERATOR: bool = cfg!(not(any(feature = "flex", feature = "cpu")));
 
 /// Calls between two waits for the device: enough that the wait does not count.
 const CALLS: usize = if ACCELERATOR { 50 } else { 1 };
@@ -30,10 +28,6 @@ fn dtypes(device: &Device) -> Vec<DType> {
     } else {
         vec![DType::F32]
     }
-}
-
-fn finish(device: &Device) {
-    device.sync().expect("the device works");
 }
 
 /// Waits for a future that needs no executor.

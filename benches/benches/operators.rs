@@ -1,94 +1,27 @@
 //! The state-space operators, the projections and the layers: forward, and forward with backward.
 //!
 //! `cargo bench -p benches --bench operators` on the CPU; `-- ssd` picks one group. With
-//! `--no-default-features --features cuda` (or another device) the full sizes run, in bf16 where the
+//! `--features cuda` (or another device) the full sizes run, in bf16 where the
 //! device has it.
 
-use std::hint::black_box;
-use std::time::{Duration, Instant};
-
+use benches::{ACCELERATOR, both, config, draw, dtype, finish, leaf};
 use burn::module::Module;
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, criterion_group, criterion_main};
 use mamba_ssm_core::{
-    ConvInput, GatedNormInput, GatedNormOptions, Mamba1Config, Mamba2, Mamba2Config, ScanInput,
-    ScanOptions, SsdInput, SsdOptions, causal_conv1d, gated_rms_norm, selective_scan, ssd,
+    ConvInput, GatedNormInput, GatedNormOptions, Mamba1Config, Mamba2, Mamba2Config,
+    MambaStackConfig, ScanInput, ScanOptions, SsdInput, SsdOptions, causal_conv1d, gated_rms_norm,
+    selective_scan, ssd,
 };
-use mamba_ssm_linear::project;
+use mamba_ssm_linear::{LinearConfig, project};
 
-/// Whether the default device is an accelerator: large sizes would take minutes on a CPU.
-const ACCELERATOR: bool = cfg!(not(any(feature = "flex", feature = "cpu")));
-
-/// bf16 on an accelerator that has it, else f32.
-fn dtype(device: &Device) -> DType {
-    if ACCELERATOR && device.supports_dtype(DType::BF16) {
-        DType::BF16
-    } else {
-        DType::F32
-    }
-}
-
-/// Waits for the device, so that a timing is of the work and not of its submission.
-fn finish(device: &Device) {
-    device.sync().expect("the device works");
-}
-
-fn draw<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    leaf(Tensor::<D>::random(shape, Distribution::Normal(0.0, 1.0), device).cast(dtype(device)))
-}
-
-/// What is small and negative: rates of decay, biases of the step. f32, as the official package keeps them.
+/// Parameters, f32 as mixed precision keeps them; negative, so that they serve as rates of decay.
 fn small<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
     leaf(Tensor::random(
         shape,
         Distribution::Uniform(-3.0, -0.5),
         device,
     ))
-}
-
-/// A leaf of the graph, where the device keeps one.
-fn leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
-    if tensor.device().is_autodiff() {
-        tensor.detach().require_grad()
-    } else {
-        tensor
-    }
-}
-
-/// Times `run` on plain tensors, and with its gradients on tracked ones (those of the sum of what it
-/// returns). `inputs` draws what is passed.
-///
-/// Calls are queued one behind the other and waited for together, as in the stack of a model: what a
-/// call costs the device, or the host where that is slower.
-fn both<I: Clone, const D: usize>(
-    group: &mut BenchmarkGroup<'_, WallTime>,
-    name: &str,
-    inputs: impl Fn(&Device) -> I,
-    run: impl Fn(I) -> Tensor<D>,
-) {
-    let device = Device::default();
-    let tracked = device.clone().autodiff();
-    let plain = inputs(&device);
-    group.bench_function(format!("{name}/forward"), |bench| {
-        bench.iter_custom(|calls| queue(&device, calls, || run(plain.clone())));
-    });
-    let leaves = inputs(&tracked);
-    drop(run(plain));
-    group.bench_function(format!("{name}/forward and backward"), |bench| {
-        bench.iter_custom(|calls| queue(&device, calls, || run(leaves.clone()).backward()));
-    });
-}
-
-/// The time of `calls` runs of `work`, all of them finished.
-fn queue<T>(device: &Device, calls: u64, work: impl Fn() -> T) -> Duration {
-    finish(device);
-    let start = Instant::now();
-    for _ in 0..calls {
-        black_box(work());
-    }
-    finish(device);
-    start.elapsed()
 }
 
 /// Batch, length, heads, headdim, groups, state.
@@ -114,7 +47,7 @@ fn ssd_group(c: &mut Criterion) {
             a: small([h], device),
             b: draw([b, l, g, n], device),
             c: draw([b, l, g, n], device),
-            d: Some(draw([h], device).into()),
+            d: Some(small([h], device).into()),
             z: None,
             dt_bias: Some(small([h], device)),
             initial_state: None,
@@ -145,7 +78,7 @@ fn scan_group(c: &mut Criterion) {
             a: small([d, n], device),
             b: draw([b, 1, n, l], device),
             c: draw([b, 1, n, l], device),
-            d: Some(draw([d], device)),
+            d: Some(small([d], device)),
             z: Some(draw([b, d, l], device)),
             delta_bias: Some(small([d], device)),
             initial_state: None,
@@ -166,8 +99,8 @@ fn conv_group(c: &mut Criterion) {
     let mut group = c.benchmark_group("causal_conv1d");
     let inputs = |device: &Device| ConvInput {
         x: draw([b, l, channels], device),
-        weight: draw([channels, width], device),
-        bias: Some(draw([channels], device)),
+        weight: small([channels, width], device),
+        bias: Some(small([channels], device)),
         initial_state: None,
         activation: true,
     };
@@ -186,7 +119,7 @@ fn norm_group(c: &mut Criterion) {
     let inputs = |device: &Device| GatedNormInput {
         x: draw([b, l, dim], device),
         z: Some(draw([b, l, dim], device)),
-        weight: draw([dim], device),
+        weight: small([dim], device),
     };
     let name = format!("B{b} L{l} D{dim}");
     both(&mut group, &name, inputs, |input| {
@@ -244,6 +177,25 @@ fn layer_group(c: &mut Criterion) {
     }
     group.finish();
 
+    let mut group = c.benchmark_group("model");
+    let [batch, length] = if ACCELERATOR { [32, 2048] } else { [2, 512] };
+    let inputs = |device: &Device| {
+        device.seed(1);
+        let (_, layer, _) = layers().pop().expect("the note's layer is the last");
+        let stack = MambaStackConfig::new(layer.into(), 4).init(device);
+        let ends = [(5, 64), (64, 5)].map(|(from, to)| LinearConfig::new(from, to).init(device));
+        let normal = Distribution::Normal(0.0, 1.0);
+        let x = Tensor::<3>::random([batch, length, 5], normal, device);
+        (stack, ends, x)
+    };
+    let name = format!("note, 4 layers, mixed precision B{batch} L{length}");
+    both(&mut group, &name, inputs, |(stack, [first, last], x)| {
+        let narrow = dtype(&x.device());
+        let y = stack.forward(first.forward(x).cast(narrow));
+        last.forward(y.cast(DType::F32)).square().mean()
+    });
+    group.finish();
+
     let mut group = c.benchmark_group("mamba1");
     let inputs = |device: &Device| {
         (
@@ -274,13 +226,6 @@ fn step_group(c: &mut Criterion) {
         });
     }
     group.finish();
-}
-
-fn config() -> Criterion {
-    Criterion::default()
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(500))
-        .measurement_time(Duration::from_secs(2))
 }
 
 criterion_group! {

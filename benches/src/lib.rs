@@ -1,1 +1,93 @@
-//! placeholder.
+//! What the benchmarks share. Each measures the default device of the features it was built with: an
+//! accelerator where there is one.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{DType, Device, Distribution, Tensor};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion};
+
+/// Whether the default device is an accelerator: sizes that suit one would take minutes on a CPU.
+pub const ACCELERATOR: bool = cfg!(any(
+    feature = "cuda",
+    feature = "rocm",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "wgpu"
+));
+
+/// bf16 on an accelerator that has it, else f32.
+pub fn dtype(device: &Device) -> DType {
+    if ACCELERATOR && device.supports_dtype(DType::BF16) {
+        DType::BF16
+    } else {
+        DType::F32
+    }
+}
+
+/// Waits for the device, so that a timing is of the work and not of its submission.
+///
+/// # Panics
+///
+/// When the device reports an error.
+pub fn finish(device: &Device) {
+    device.sync().expect("the device works");
+}
+
+/// Random inputs in the type of [`dtype`].
+pub fn draw<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    leaf(Tensor::<D>::random(shape, Distribution::Normal(0.0, 1.0), device).cast(dtype(device)))
+}
+
+/// A leaf of the graph, where the device keeps one.
+pub fn leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    if tensor.device().is_autodiff() {
+        tensor.detach().require_grad()
+    } else {
+        tensor
+    }
+}
+
+/// The time of `calls` runs of `work`, all of them finished.
+///
+/// Calls are queued one behind the other and waited for together, as in the stack of a model: what a
+/// call costs the device, or the host where that is slower.
+pub fn queue<T>(device: &Device, calls: u64, work: impl Fn() -> T) -> Duration {
+    finish(device);
+    let start = Instant::now();
+    for _ in 0..calls {
+        black_box(work());
+    }
+    finish(device);
+    start.elapsed()
+}
+
+/// Times `run` on plain tensors, and with its gradients on tracked ones (those of the sum of what it
+/// returns). `inputs` draws what is passed.
+pub fn both<I: Clone, const D: usize>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    inputs: impl Fn(&Device) -> I,
+    run: impl Fn(I) -> Tensor<D>,
+) {
+    let device = Device::default();
+    let tracked = device.clone().autodiff();
+    let plain = inputs(&device);
+    group.bench_function(format!("{name}/forward"), |bench| {
+        bench.iter_custom(|calls| queue(&device, calls, || run(plain.clone())));
+    });
+    let leaves = inputs(&tracked);
+    drop(plain);
+    group.bench_function(format!("{name}/forward and backward"), |bench| {
+        bench.iter_custom(|calls| queue(&device, calls, || run(leaves.clone()).backward()));
+    });
+}
+
+/// Settings of all groups.
+pub fn config() -> Criterion {
+    Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2))
+}
