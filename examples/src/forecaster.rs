@@ -1,14 +1,16 @@
 //! The forecaster: input projection, a stack of layers, output projection.
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
-use mamba_ssm_attention::{Transformer, TransformerConfig, TransformerState};
+use burn::tensor::{Device, FloatDType, Tensor};
+use mamba_ssm_attention::{AttentionConfig, Transformer, TransformerConfig, TransformerState};
 use mamba_ssm_core::checkpoint::Parameters;
 use mamba_ssm_core::{Checkpoint, Mamba2Config, MambaStack, MambaStackConfig, StackState};
 use mamba_ssm_linear::{Linear, LinearConfig};
+use mamba_ssm_train::Precision;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::hybrid::{Hybrid, HybridConfig, HybridState};
 
 /// Which network stands between the projections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +20,8 @@ pub enum Kind {
     Mamba2,
     /// The Transformer baseline.
     Transformer,
+    /// Mamba-2 and attention layers in turn.
+    Hybrid,
 }
 
 /// The network's settings; those of the other kind are ignored.
@@ -44,12 +48,16 @@ pub struct ModelConfig {
     pub residual: bool,
     /// Mamba-2: tokens computed together; changes speed, not results.
     pub chunk_size: usize,
-    /// Transformer: attention heads.
+    /// Transformer and hybrid: attention heads.
     pub n_heads: usize,
     /// Transformer: hidden features of the MLP per feature.
     pub mlp_ratio: usize,
     /// Transformer: share of features dropped while training.
     pub dropout: f64,
+    /// Transformer and hybrid: rows that an attention layer looks back on, its own among them; 0 for all.
+    pub window: usize,
+    /// Hybrid: every so many layers one is attention.
+    pub attention_every: usize,
 }
 
 impl Default for ModelConfig {
@@ -69,6 +77,8 @@ impl Default for ModelConfig {
             n_heads: 8,
             mlp_ratio: 4,
             dropout: 0.05,
+            window: 0,
+            attention_every: 2,
         }
     }
 }
@@ -83,6 +93,7 @@ impl ModelConfig {
         let backbone = match self.kind {
             Kind::Mamba2 => Backbone::Mamba(self.mamba().try_init(device)?),
             Kind::Transformer => Backbone::Transformer(self.transformer().try_init(device)?),
+            Kind::Hybrid => Backbone::Hybrid(self.hybrid().try_init(device)?),
         };
         Ok(Forecaster {
             input_projection: LinearConfig::new(inputs, self.d_model).init(device),
@@ -91,15 +102,31 @@ impl ModelConfig {
         })
     }
 
-    fn mamba(&self) -> MambaStackConfig {
-        let layer = Mamba2Config::new(self.d_model)
+    fn layer(&self) -> Mamba2Config {
+        Mamba2Config::new(self.d_model)
             .with_d_state(self.d_state)
             .with_d_conv(self.d_conv)
             .with_expand(self.expand)
             .with_headdim(self.headdim)
             .with_ngroups(self.ngroups)
-            .with_chunk_size(self.chunk_size);
-        MambaStackConfig::new(layer.into(), self.n_layer).with_residual(self.residual)
+            .with_chunk_size(self.chunk_size)
+    }
+
+    fn mamba(&self) -> MambaStackConfig {
+        MambaStackConfig::new(self.layer().into(), self.n_layer).with_residual(self.residual)
+    }
+
+    fn window(&self) -> Option<usize> {
+        (self.window > 0).then_some(self.window)
+    }
+
+    fn hybrid(&self) -> HybridConfig {
+        HybridConfig {
+            mamba: self.layer(),
+            attention: AttentionConfig::new(self.d_model, self.n_heads).with_window(self.window()),
+            n_layer: self.n_layer,
+            attention_every: self.attention_every,
+        }
     }
 
     fn transformer(&self) -> TransformerConfig {
@@ -107,6 +134,7 @@ impl ModelConfig {
             .with_n_layers(self.n_layer)
             .with_n_heads(self.n_heads)
             .with_mlp_ratio(self.mlp_ratio)
+            .with_window(self.window())
             .with_dropout(self.dropout)
     }
 }
@@ -118,6 +146,8 @@ pub enum Backbone {
     Mamba(MambaStack),
     /// A Transformer.
     Transformer(Transformer),
+    /// Mamba-2 and attention layers in turn.
+    Hybrid(Hybrid),
 }
 
 /// What a forecaster carries from row to row.
@@ -127,6 +157,8 @@ pub enum ForecasterState {
     Mamba(StackState),
     /// Of a Transformer: keys and values of all rows seen.
     Transformer(TransformerState),
+    /// Of a hybrid stack.
+    Hybrid(HybridState),
 }
 
 /// A sequence-to-sequence forecaster: position `t` of the output speaks of row `t + 1`.
@@ -143,12 +175,24 @@ pub struct Forecaster {
 impl Forecaster {
     /// `[batch, length, inputs]` to `[batch, length, outputs]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let x = self.input_projection.forward(x);
-        let x = match &self.backbone {
+        self.linear
+            .forward(self.through(self.input_projection.forward(x)))
+    }
+
+    /// As [`forward`](Self::forward), with what stands between the projections in `dtype`. The first
+    /// projection's operands and the last one's stay as they are: levels need the digits of f32.
+    pub fn forward_in(&self, x: Tensor<3>, dtype: FloatDType) -> Tensor<3> {
+        let own = x.dtype();
+        let x = self.through(self.input_projection.forward(x).cast(dtype));
+        self.linear.forward(x.cast(own))
+    }
+
+    fn through(&self, x: Tensor<3>) -> Tensor<3> {
+        match &self.backbone {
             Backbone::Mamba(stack) => stack.forward(x),
             Backbone::Transformer(stack) => stack.forward(x),
-        };
-        self.linear.forward(x)
+            Backbone::Hybrid(stack) => stack.forward(x),
+        }
     }
 
     /// The state before the first row.
@@ -156,6 +200,7 @@ impl Forecaster {
         match &self.backbone {
             Backbone::Mamba(stack) => ForecasterState::Mamba(stack.empty_state(batch, device)),
             Backbone::Transformer(stack) => ForecasterState::Transformer(stack.empty_state()),
+            Backbone::Hybrid(stack) => ForecasterState::Hybrid(stack.empty_state(batch, device)),
         }
     }
 
@@ -180,6 +225,10 @@ impl Forecaster {
                 let (y, state) = stack.forward_from(x, state);
                 (y, ForecasterState::Transformer(state))
             }
+            (Backbone::Hybrid(stack), ForecasterState::Hybrid(state)) => {
+                let (y, state) = stack.forward_from(x, state);
+                (y, ForecasterState::Hybrid(state))
+            }
             _ => panic!("Forecaster: the state belongs to the other kind of network"),
         };
         (self.linear.forward(y), state)
@@ -190,19 +239,31 @@ impl mamba_ssm_train::Forecaster for Forecaster {
     fn forward(&self, input: Tensor<3>) -> Tensor<3> {
         Forecaster::forward(self, input)
     }
+
+    fn supports(&self, _precision: Precision) -> bool {
+        true
+    }
+
+    fn forward_with(&self, input: Tensor<3>, precision: Precision) -> Tensor<3> {
+        match precision {
+            Precision::F32 => self.forward(input),
+            Precision::Bf16 => self.forward_in(input, FloatDType::BF16),
+        }
+    }
 }
 
 /// The published note's names, for its Mamba model: `input_projection`, `layers.N.mamba`, `linear`.
 ///
 /// # Panics
 ///
-/// For a Transformer, of which the note gives no names.
+/// For a Transformer or a hybrid stack, of which the note gives no names.
 impl Checkpoint for Forecaster {
     fn parameters(&mut self, visit: &mut Parameters<'_>) {
         visit.linear("input_projection", &mut self.input_projection);
         match &mut self.backbone {
             Backbone::Mamba(stack) => visit.module("", stack),
             Backbone::Transformer(_) => panic!("the Transformer has no official names"),
+            Backbone::Hybrid(_) => panic!("the hybrid stack has no official names"),
         }
         visit.linear("linear", &mut self.linear);
     }
@@ -226,9 +287,39 @@ mod tests {
     }
 
     #[test]
+    fn bf16_answers_as_f32_and_leaves_gradients_in_f32() {
+        let device = Device::default().autodiff();
+        for kind in [Kind::Mamba2, Kind::Transformer, Kind::Hybrid] {
+            let config = ModelConfig {
+                kind,
+                n_layer: 2,
+                residual: true,
+                dropout: 0.0,
+                ..ModelConfig::default()
+            };
+            let model = config.init(3, 2, &device).unwrap();
+            let draw = burn::tensor::Distribution::Default;
+            let x = Tensor::<3>::random([2, 20, 3], draw, &device);
+            let [wide, narrow] = [Precision::F32, Precision::Bf16].map(|precision| {
+                mamba_ssm_train::Forecaster::forward_with(&model, x.clone(), precision)
+            });
+            assert_eq!(narrow.dtype(), wide.dtype(), "{kind:?}");
+            let size = wide.clone().inner().abs().mean().into_scalar::<f32>();
+            let off = (wide.inner() - narrow.clone().inner()).abs().mean();
+            let off = off.into_scalar::<f32>() / size;
+            // bf16 keeps 8 bits: the answer must differ, or nothing ran in it, and differ little.
+            assert!((1e-5..3e-2).contains(&off), "{kind:?}: {off}");
+            let grads = narrow.sum().backward();
+            let weight = model.input_projection.weight.val();
+            let gradient = weight.grad(&grads).expect("a gradient");
+            assert_eq!(gradient.dtype(), weight.dtype(), "{kind:?}");
+        }
+    }
+
+    #[test]
     fn a_carried_state_continues_both_networks() {
         let device = Device::default();
-        for kind in [Kind::Mamba2, Kind::Transformer] {
+        for kind in [Kind::Mamba2, Kind::Transformer, Kind::Hybrid] {
             let config = ModelConfig {
                 kind,
                 n_layer: 2,

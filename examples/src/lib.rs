@@ -4,7 +4,7 @@
 //!
 //! The way of one number: [`encoding`] turns a window of z-scores into what a network sees and should
 //! answer, and its answers back into z-scores; [`batches`] feeds encoded windows to the trainer;
-//! [`forecaster`] is the network; [`scoring`] forecasts every row of a split once and hands levels to the
+//! [`forecaster`] is the network, [`hybrid`] one of its backbones; [`scoring`] forecasts every row of a split once and hands levels to the
 //! evaluation; [`run`] is the folder where one training run lives; [`preset`] the settings by name.
 
 pub mod batches;
@@ -13,6 +13,7 @@ pub mod device;
 pub mod encoding;
 mod error;
 pub mod forecaster;
+pub mod hybrid;
 pub mod preset;
 pub mod run;
 pub mod scoring;

@@ -48,6 +48,8 @@ impl Preset {
     }
 }
 
+/// Rows that the hybrid's attention layers look back on: what lies further is the other layers' part.
+const HYBRID_WINDOW: usize = 256;
 /// Open, High, Low, Close at full weight, Volume at a quarter.
 const NOTE_WEIGHTS: [f32; 5] = [1.0, 1.0, 1.0, 1.0, 0.25];
 /// Opens and closes are next to unpredictable; their noise must not drown the ranges.
@@ -55,7 +57,7 @@ const ANCHORED_WEIGHTS: [f32; 5] = [0.25, 1.0, 1.0, 0.25, 1.0];
 
 fn note(kind: Kind) -> RunConfig {
     let (lr, weight_decay) = match kind {
-        Kind::Mamba2 => (1e-4, 0.01),
+        Kind::Mamba2 | Kind::Hybrid => (1e-4, 0.01),
         Kind::Transformer => (5e-5, 1e-3),
     };
     RunConfig {
@@ -64,6 +66,11 @@ fn note(kind: Kind) -> RunConfig {
         windows_per_epoch: 0,
         model: ModelConfig {
             kind,
+            window: if kind == Kind::Hybrid {
+                HYBRID_WINDOW
+            } else {
+                0
+            },
             ..ModelConfig::default()
         },
         train: TrainConfig {

@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use mamba_ssm_data::Dataset;
-use mamba_ssm_train::{Fit, Outcome, StopFlag, Trainer, default_reporter};
+use mamba_ssm_train::{Fit, Outcome, Precision, StopFlag, Trainer, default_reporter};
 
 use crate::batches::Windows;
 use crate::device::device;
@@ -30,6 +30,10 @@ pub(super) struct Args {
     /// Epochs at most.
     #[arg(long)]
     epochs: Option<usize>,
+    /// What the layers compute in; parameters and optimizer are f32 either way. The preset's and the
+    /// file's, where it is not given.
+    #[arg(long, value_enum)]
+    precision: Option<PrecisionName>,
     /// Where to compute: cpu, cuda:0, rocm:0, vulkan, metal, wgpu (as far as built in).
     #[arg(long, default_value = "default")]
     device: String,
@@ -44,6 +48,16 @@ enum ModelName {
     Mamba2,
     /// The Transformer baseline.
     Transformer,
+    /// Mamba-2 and windowed attention layers in turn.
+    Hybrid,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum PrecisionName {
+    /// 32-bit floats.
+    F32,
+    /// Mixed precision: bf16 between the projections.
+    Bf16,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -64,6 +78,7 @@ fn settings(args: &Args) -> Result<RunConfig> {
     let kind = match args.model {
         ModelName::Mamba2 => Kind::Mamba2,
         ModelName::Transformer => Kind::Transformer,
+        ModelName::Hybrid => Kind::Hybrid,
     };
     let mut config = args.preset.config(kind);
     if let Some(path) = &args.config {
@@ -71,6 +86,12 @@ fn settings(args: &Args) -> Result<RunConfig> {
     }
     if let Some(epochs) = args.epochs {
         config.train.epochs = epochs;
+    }
+    if let Some(precision) = args.precision {
+        config.train.precision = match precision {
+            PrecisionName::F32 => Precision::F32,
+            PrecisionName::Bf16 => Precision::Bf16,
+        };
     }
     Ok(config)
 }
