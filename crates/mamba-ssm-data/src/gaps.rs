@@ -13,7 +13,8 @@ const GROWTH: usize = 4;
 ///
 /// Filled rows carry the values of the last row before them (cell by cell where only some cells
 /// are missing), stand on the schema's clock, and are marked as invalid. `Split` and `Ignore` return
-/// the series as it is. A step that is no multiple of the schema's is never filled.
+/// the series as it is. A jump that is no multiple of the schema's step is never filled, and no window of
+/// `Fill` or `Mask` crosses it: rows put between would not stand on the clock on one of its sides.
 ///
 /// # Errors
 ///

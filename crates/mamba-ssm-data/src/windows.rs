@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 
 use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
@@ -45,13 +46,14 @@ pub enum GapPolicy {
     #[default]
     Split,
     /// Up to `limit` missing or invalid rows in a row are filled with the last valid one and
-    /// masked; longer gaps split.
+    /// masked; longer gaps split, and so do jumps that are no multiple of the step.
     Fill {
         /// Greatest number of consecutive rows that are filled.
         limit: usize,
     },
     /// Every missing or invalid row is filled with the last valid one and masked, however long
-    /// the gap; a window is kept when at least `min_valid` of its rows are valid.
+    /// the gap; a window is kept when at least `min_valid` of its rows are valid. A jump that is no
+    /// multiple of the step cannot be filled on the clock: no window crosses it.
     Mask {
         /// Least share of valid rows in a window, 0 to 1.
         min_valid: f64,
@@ -83,6 +85,46 @@ impl GapPolicy {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// `split`, `ignore`, `fill:N` (rows), `mask` (half of a window's rows must be valid) or `mask:SHARE`.
+///
+/// ```
+/// use mamba_ssm_data::GapPolicy;
+/// assert_eq!("fill:60".parse::<GapPolicy>()?, GapPolicy::Fill { limit: 60 });
+/// assert_eq!("mask".parse::<GapPolicy>()?, GapPolicy::Mask { min_valid: 0.5 });
+/// assert!("fill".parse::<GapPolicy>().is_err());
+/// # Ok::<(), mamba_ssm_data::Error>(())
+/// ```
+impl FromStr for GapPolicy {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, number) = match text.trim().split_once(':') {
+            Some((name, number)) => (name, Some(number)),
+            None => (text.trim(), None),
+        };
+        let policy = match (name, number) {
+            ("split", None) => Some(GapPolicy::Split),
+            ("ignore", None) => Some(GapPolicy::Ignore),
+            ("fill", Some(limit)) => limit.parse().ok().map(|limit| GapPolicy::Fill { limit }),
+            ("mask", None) => Some(GapPolicy::Mask { min_valid: 0.5 }),
+            ("mask", Some(share)) => share
+                .parse()
+                .ok()
+                .map(|min_valid| GapPolicy::Mask { min_valid }),
+            _ => None,
+        };
+        let policy = policy.ok_or_else(|| Error::InvalidOption {
+            option: "gaps",
+            reason: format!(
+                "`{}` is none; expected split, ignore, fill:N (rows), mask or mask:SHARE (0 to 1)",
+                crate::error::shorten(text)
+            ),
+        })?;
+        policy.validate()?;
+        Ok(policy)
     }
 }
 
@@ -213,6 +255,8 @@ pub(crate) struct RowMap {
     rows: usize,
     /// Runs of rows, one step apart and valid (filled rows count as valid under `fill`/`mask`).
     unbroken: Vec<Range<usize>>,
+    /// Runs of rows one step apart, whatever is in them.
+    on_clock: Vec<Range<usize>>,
     /// Runs of rows that are not true observations.
     invalid: Vec<Range<usize>>,
     last_time: Option<i64>,
@@ -241,17 +285,14 @@ impl RowMap {
         for (i, (&time, &valid)) in timestamps.iter().zip(valid).enumerate() {
             let row = self.rows;
             let usable = usable(i);
-            let follows = self.last_usable && self.last_time.is_some_and(|t| time - t == step);
-            match self.unbroken.last_mut() {
-                Some(run) if usable && follows => run.end = row + 1,
-                _ if usable => self.unbroken.push(row..row + 1),
-                _ => {}
+            let ticks = self.last_time.is_some_and(|t| time - t == step);
+            add_row(&mut self.on_clock, row, ticks);
+            if usable {
+                add_row(&mut self.unbroken, row, self.last_usable && ticks);
             }
             if !valid {
-                match self.invalid.last_mut() {
-                    Some(run) if run.end == row => run.end = row + 1,
-                    _ => self.invalid.push(row..row + 1),
-                }
+                let follows = self.invalid.last().is_some_and(|run| run.end == row);
+                add_row(&mut self.invalid, row, follows);
             }
             self.last_time = Some(time);
             self.last_usable = usable;
@@ -295,7 +336,14 @@ impl RowMap {
             GapPolicy::Ignore => grid(0, rows, length, stride)
                 .filter(|&s| self.invalid_within(&(s..s + length)) == 0)
                 .collect(),
-            GapPolicy::Mask { min_valid } => grid(0, rows, length, stride)
+            // What is left of gaps after filling are jumps off the clock, where each run ends.
+            GapPolicy::Mask { min_valid } => self
+                .on_clock
+                .iter()
+                .flat_map(|run| {
+                    let within = run.start.max(rows.start)..run.end.min(rows.end);
+                    grid(run.start, within, length, stride)
+                })
                 .filter(|&s| {
                     let valid = length - self.invalid_within(&(s..s + length));
                     valid > 0 && valid as f64 >= min_valid * length as f64
@@ -426,6 +474,14 @@ impl RowMap {
     }
 }
 
+/// Adds a row to the last run, or begins one.
+fn add_row(runs: &mut Vec<Range<usize>>, row: usize, follows: bool) {
+    match runs.last_mut() {
+        Some(run) if follows => run.end = row + 1,
+        _ => runs.push(row..row + 1),
+    }
+}
+
 /// Starts `origin + k * stride` of windows that lie within `rows`.
 fn grid(
     origin: usize,
@@ -494,6 +550,34 @@ mod tests {
         assert_eq!(starts(0.5), [0, 2, 6, 8]);
         assert_eq!(starts(0.0), [0, 2, 6, 8]);
         assert_eq!(starts(1.0), [0, 8]);
+    }
+
+    #[test]
+    fn mask_never_crosses_a_jump_off_the_clock() {
+        let mut times = minutes(12);
+        times[5..].iter_mut().for_each(|t| *t += 30);
+        let map = map(&times, &[true; 12]);
+        let mask = options(4, 2, GapPolicy::Mask { min_valid: 0.0 });
+        assert_eq!(map.starts_within(0..12, &mask), [0, 5, 7]);
+        assert_eq!(map.starts_within(1..10, &mask), [5]);
+        assert!(map.starts_within(8..12, &mask).is_empty());
+    }
+
+    #[test]
+    fn gap_policies_have_names() {
+        for (text, policy) in [
+            ("split", GapPolicy::Split),
+            (" ignore ", GapPolicy::Ignore),
+            ("mask:0.9", GapPolicy::Mask { min_valid: 0.9 }),
+        ] {
+            assert_eq!(text.parse::<GapPolicy>().unwrap(), policy);
+        }
+        for text in [
+            "", "fill", "fill:", "fill:0", "fill:-1", "mask:2", "mask:nan", "split:1", "drop",
+        ] {
+            let message = text.parse::<GapPolicy>().unwrap_err().to_string();
+            assert!(message.contains("gaps"), "{message}");
+        }
     }
 
     #[test]
