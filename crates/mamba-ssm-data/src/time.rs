@@ -5,7 +5,7 @@ use chrono::{DateTime, NaiveDate, NaiveDateTime};
 use crate::{Error, Result};
 
 /// Reads a point in time: `2024-01-31`, `2024-01-31T12:00`, `2024-01-31 12:00:00` (all UTC), an
-/// RFC 3339 time with a zone, or unix seconds. Returns unix seconds.
+/// RFC 3339 time with a zone, or unix seconds. Returns unix seconds, any fraction cut off.
 ///
 /// # Errors
 ///
@@ -27,8 +27,8 @@ pub fn parse_time(text: &str) -> Result<i64> {
         return Ok(date.and_time(chrono::NaiveTime::MIN).and_utc().timestamp());
     }
     for format in [
-        "%Y-%m-%dT%H:%M:%S",
-        "%Y-%m-%d %H:%M:%S",
+        "%Y-%m-%dT%H:%M:%S%.f",
+        "%Y-%m-%d %H:%M:%S%.f",
         "%Y-%m-%dT%H:%M",
         "%Y-%m-%d %H:%M",
     ] {
@@ -72,6 +72,7 @@ mod tests {
             "2024-02-29",
             "2024-02-29T00:00",
             "2024-02-29 00:00:00",
+            "2024-02-29 00:00:00.750",
             "1709164800",
             "2024-02-29T01:00:00+01:00",
         ] {

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
 use flate2::read::MultiGzDecoder;
 
@@ -25,6 +26,18 @@ pub(super) enum Format {
     Gzip,
     Zip,
     Parquet,
+}
+
+impl Format {
+    /// What an error calls it.
+    fn name(self) -> &'static str {
+        match self {
+            Format::Text => "text",
+            Format::Gzip => "gzip",
+            Format::Zip => "zip",
+            Format::Parquet => "Parquet",
+        }
+    }
 }
 
 /// Tells the formats apart by their first bytes.
@@ -57,7 +70,11 @@ pub(super) fn open(path: &Path) -> Result<File> {
 
 /// Whole lines of a file. Memory: at most [`WAITING`] + 2 chunks, however large the file.
 pub(super) struct Chunks {
+    name: String,
+    format: Format,
     receiver: Receiver<Result<Vec<u8>>>,
+    /// Asked how it ended when nothing more comes.
+    thread: Option<JoinHandle<()>>,
     consumed: Arc<AtomicU64>,
 }
 
@@ -70,24 +87,51 @@ impl Chunks {
             count: consumed.clone(),
         };
         let name = path.display().to_string();
+        Self::spawn(path, format, consumed, move |sender| match format {
+            Format::Gzip => {
+                let inner = MultiGzDecoder::new(BufReader::with_capacity(1 << 18, raw));
+                send_chunks(inner, &name, "gzip", sender);
+            }
+            Format::Zip => send_zip(BufReader::with_capacity(1 << 18, raw), &name, sender),
+            Format::Text | Format::Parquet => send_chunks(raw, &name, "text", sender),
+        })
+    }
+
+    /// Runs the reading side on a thread of its own.
+    fn spawn(
+        path: &Path,
+        format: Format,
+        consumed: Arc<AtomicU64>,
+        read: impl FnOnce(&SyncSender<Result<Vec<u8>>>) + Send + 'static,
+    ) -> Result<Self> {
         let (sender, receiver) = sync_channel(WAITING);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("read-lines".into())
-            .spawn(move || match format {
-                Format::Gzip => {
-                    let inner = MultiGzDecoder::new(BufReader::with_capacity(1 << 18, raw));
-                    send_chunks(inner, &name, "gzip", &sender);
-                }
-                Format::Zip => send_zip(BufReader::with_capacity(1 << 18, raw), &name, &sender),
-                Format::Text | Format::Parquet => send_chunks(raw, &name, "text", &sender),
-            })
+            .spawn(move || read(&sender))
             .map_err(|e| Error::io(path, "start a reading thread", e))?;
-        Ok(Self { receiver, consumed })
+        Ok(Self {
+            name: path.display().to_string(),
+            format,
+            receiver,
+            thread: Some(thread),
+            consumed,
+        })
     }
 
     /// The next whole lines; `None` at the end.
     pub(super) fn next(&mut self) -> Result<Option<Vec<u8>>> {
-        self.receiver.recv().ok().transpose()
+        if let Ok(outcome) = self.receiver.recv() {
+            return outcome.map(Some);
+        }
+        // A decoder that panicked has not come to the end of the file.
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Err(_)) => Err(Error::Damaged {
+                path: self.name.clone(),
+                format: self.format.name(),
+                reason: "the reader gave up on its content".into(),
+            }),
+            _ => Ok(None),
+        }
     }
 
     /// Bytes of the file (compressed, if it is) read so far.
@@ -224,4 +268,26 @@ fn read_full(reader: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<usize
         }
     }
     Ok(filled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_decoder_that_panics_is_not_the_end_of_the_file() {
+        let count = Arc::new(AtomicU64::new(0));
+        let path = Path::new("candles.zip");
+        let mut chunks = Chunks::spawn(path, Format::Zip, count, |out| {
+            out.send(Ok(b"60,1\n".to_vec())).unwrap();
+            panic!("as a decoder may on bytes that nobody has tried");
+        })
+        .unwrap();
+        assert_eq!(chunks.next().unwrap().unwrap(), b"60,1\n");
+        let message = chunks.next().unwrap_err().to_string();
+        assert!(
+            message.contains("candles.zip") && message.contains("as zip"),
+            "{message}"
+        );
+    }
 }

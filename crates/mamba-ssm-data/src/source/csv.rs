@@ -61,6 +61,8 @@ enum Fault {
         current: i64,
     },
     Quoting(String),
+    /// A cell goes on in the next line.
+    LineEndInCell,
 }
 
 /// A chunk's rows, and what the order of the whole file depends on.
@@ -213,6 +215,7 @@ impl<'a> CsvReader<'a> {
                 path,
                 reason: format!("row {row}: {reason}"),
             },
+            Fault::LineEndInCell => line_end_in_cell(path, row),
         }
     }
 }
@@ -239,6 +242,7 @@ fn header_cells(line: &[u8], path: &str) -> Result<Vec<String>> {
         .from_reader(line);
     let mut record = csv::ByteRecord::new();
     match reader.read_byte_record(&mut record) {
+        Ok(true) if holds_line_end(&record) => Err(line_end_in_cell(path.into(), 1)),
         Ok(true) if line.len() <= LONGEST_LINE => Ok(record
             .iter()
             .map(|cell| String::from_utf8_lossy(cell).trim().to_string())
@@ -254,6 +258,21 @@ fn header_cells(line: &[u8], path: &str) -> Result<Vec<String>> {
             format: "CSV",
             reason: e.to_string(),
         }),
+    }
+}
+
+/// Whether a cell goes on behind the end of its line, or is not closed where the bytes end.
+fn holds_line_end(record: &csv::ByteRecord) -> bool {
+    record.as_slice().contains(&b'\n')
+}
+
+/// Files are cut at line ends, to be parsed by several threads: a row is a line.
+fn line_end_in_cell(path: String, row: u64) -> Error {
+    Error::Source {
+        path,
+        reason: format!(
+            "row {row}: a quoted cell goes on in the next line; expected one row per line (is a quote missing?)"
+        ),
     }
 }
 
@@ -319,7 +338,12 @@ fn parse_quoted(
         let line = reader.position().line();
         match reader.read_byte_record(&mut record) {
             Ok(true) => {
-                rows.lines = record.position().map_or(line, csv::Position::line);
+                rows.lines = record
+                    .position()
+                    .map_or(line, |at| at.line() + blank_lines(bytes, at.byte()));
+                if holds_line_end(&record) {
+                    return Err((rows.lines, Fault::LineEndInCell));
+                }
                 rows.record(&record).map_err(|fault| (rows.lines, fault))?;
             }
             Ok(false) => break,
@@ -329,6 +353,16 @@ fn parse_quoted(
     rows.lines = bytes.iter().filter(|&&b| b == b'\n').count() as u64
         + u64::from(bytes.last().is_some_and(|&b| b != b'\n'));
     Ok(rows.finish())
+}
+
+/// Line ends at a place: the blank lines that the csv crate passes over before a record.
+fn blank_lines(bytes: &[u8], at: u64) -> u64 {
+    let rest = usize::try_from(at).ok().and_then(|at| bytes.get(at..));
+    let blank = rest.unwrap_or_default().iter();
+    blank
+        .take_while(|b| matches!(b, b'\n' | b'\r'))
+        .filter(|&&b| b == b'\n')
+        .count() as u64
 }
 
 /// The rows of a chunk while they are read.

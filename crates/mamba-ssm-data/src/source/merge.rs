@@ -5,103 +5,93 @@ use std::path::PathBuf;
 
 use super::{Block, BlockSource, ReadOptions, open_file};
 use crate::Result;
-use crate::spill::Scratch;
 
 /// Rows of a block that is merged row by row.
 const ROWS: usize = 1 << 14;
 
-/// A file that has not been reached yet.
-struct Waiting {
-    first: i64,
-    path: PathBuf,
-    /// Place in the order of names: of two equal timestamps the later name wins.
-    rank: usize,
+/// Where a part of the series comes from. Of rows with the same timestamp the later place wins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    /// Number of the file in the list of sources.
+    pub(super) file: usize,
+    /// Number of the part within the file.
+    pub(super) run: usize,
 }
 
-/// A file that is being read.
+/// Rows that have not been reached yet.
+pub(super) struct Waiting<'a> {
+    pub(super) first: i64,
+    pub(super) place: Place,
+    pub(super) rows: Rows<'a>,
+}
+
+/// What there is to read when the time comes.
+pub(super) enum Rows<'a> {
+    File(PathBuf),
+    Run(Box<dyn BlockSource + 'a>),
+}
+
+/// A source that is being read.
 struct Lane<'a> {
     source: Box<dyn BlockSource + 'a>,
     block: Block,
     at: usize,
-    rank: usize,
+    place: Place,
 }
 
 /// Files one after another in order of time; overlaps are merged row by row.
 ///
-/// Of rows with the same timestamp a valid one goes before an invalid one; after that the file
-/// whose name comes last wins. Files are opened when their time comes, so memory grows with the number
-/// of files that overlap, not with the number of files.
+/// Of rows with the same timestamp in several files a valid one goes before an invalid one; after that the
+/// file that comes later in the list of sources wins. Within one file the last row stays. Files are opened when
+/// their time comes, so memory grows with the number of files that overlap, not with the number of files.
 pub(super) struct Merge<'a> {
     options: &'a ReadOptions,
-    scratch: Scratch,
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<Waiting<'a>>,
     lanes: Vec<Lane<'a>>,
-    /// Of rows with the same timestamp a valid one goes first; otherwise the last one alone counts.
-    valid_first: bool,
     finished: u64,
 }
 
 impl<'a> Merge<'a> {
     /// Looks at the first row of each file. Files without rows in the range asked for are passed over.
-    pub(super) fn open(
-        paths: Vec<PathBuf>,
-        options: &'a ReadOptions,
-        scratch: &Scratch,
-    ) -> Result<Self> {
+    pub(super) fn open(paths: Vec<PathBuf>, options: &'a ReadOptions) -> Result<Self> {
         let mut waiting = Vec::with_capacity(paths.len());
-        for (rank, path) in paths.into_iter().enumerate() {
-            if let Some(block) = open_file(&path, options, scratch)?.next_block()? {
+        for (file, path) in paths.into_iter().enumerate() {
+            if let Some(block) = open_file(&path, options)?.next_block()? {
                 waiting.push(Waiting {
                     first: block.timestamps[0],
-                    path,
-                    rank,
+                    place: Place { file, run: 0 },
+                    rows: Rows::File(path),
                 });
             }
         }
-        waiting.sort_by_key(|w| (w.first, w.rank));
-        Ok(Self {
-            options,
-            scratch: scratch.clone(),
-            waiting: waiting.into(),
-            lanes: Vec::new(),
-            valid_first: true,
-            finished: 0,
-        })
+        Ok(Self::of(waiting, options))
     }
 
-    /// Merges parts of one file, each in order of time; of rows with the same timestamp that of the last part stays.
-    pub(super) fn of_runs(
-        runs: Vec<Box<dyn BlockSource + 'a>>,
-        options: &'a ReadOptions,
-    ) -> Result<Self> {
-        let mut merge = Self {
+    /// Merges sources whose first timestamps are known, each in order of time.
+    pub(super) fn of(mut waiting: Vec<Waiting<'a>>, options: &'a ReadOptions) -> Self {
+        waiting.sort_by_key(|w| (w.first, w.place));
+        Self {
             options,
-            scratch: Scratch::unlimited(),
-            waiting: VecDeque::new(),
-            lanes: Vec::with_capacity(runs.len()),
-            valid_first: false,
+            waiting: waiting.into(),
+            lanes: Vec::new(),
             finished: 0,
-        };
-        for (rank, source) in runs.into_iter().enumerate() {
-            merge.add_lane(source, rank)?;
         }
-        Ok(merge)
     }
 
     /// Begins to read a source, if there is anything in it.
-    fn add_lane(&mut self, mut source: Box<dyn BlockSource + 'a>, rank: usize) -> Result<()> {
+    fn add_lane(&mut self, mut source: Box<dyn BlockSource + 'a>, place: Place) -> Result<()> {
         if let Some(block) = source.next_block()? {
             self.lanes.push(Lane {
                 source,
                 block,
                 at: 0,
-                rank,
+                place,
             });
         }
         Ok(())
     }
 
-    /// Opens every file that starts at or before `time`, or the next one if none is open.
+    /// Opens everything that starts at or before `time`, or the next one if none is open.
     fn open_up_to(&mut self, time: Option<i64>) -> Result<()> {
         while let Some(next) = self.waiting.front() {
             if !self.lanes.is_empty() && time.is_none_or(|t| next.first > t) {
@@ -110,8 +100,11 @@ impl<'a> Merge<'a> {
             let Some(next) = self.waiting.pop_front() else {
                 break;
             };
-            let source = open_file(&next.path, self.options, &self.scratch)?;
-            self.add_lane(source, next.rank)?;
+            let source = match next.rows {
+                Rows::File(path) => open_file(&path, self.options)?,
+                Rows::Run(run) => run,
+            };
+            self.add_lane(source, next.place)?;
         }
         Ok(())
     }
@@ -123,11 +116,13 @@ impl<'a> Merge<'a> {
 
     /// Takes the winner among the rows of this time into `out`, and moves all their lanes on.
     fn take_row(&mut self, time: i64, out: &mut Block) -> Result<()> {
-        let winner = self
-            .lanes
-            .iter()
-            .filter(|lane| lane.time() == time)
-            .max_by_key(|lane| (self.valid_first && lane.block.valid[lane.at], lane.rank));
+        let here = || self.lanes.iter().filter(move |lane| lane.time() == time);
+        let is_last_of_file = |place: Place| {
+            !here().any(|other| other.place.file == place.file && other.place.run > place.run)
+        };
+        let winner = here()
+            .filter(|lane| is_last_of_file(lane.place))
+            .max_by_key(|lane| (lane.block.valid[lane.at], lane.place));
         if let Some(lane) = winner {
             out.extend(&lane.block, lane.at..lane.at + 1);
         }

@@ -28,7 +28,8 @@ pub enum OrderPolicy {
     #[default]
     Refuse,
     /// Sort by time; of rows with the same timestamp the last one in the file stays. Within
-    /// [`prepare`](crate::prepare) what does not fit into its memory waits in a file, run by sorted run.
+    /// [`prepare`](crate::prepare) what does not fit into half of its memory waits in a file, run by sorted run,
+    /// however many sources there are; each of them is read once.
     Sort,
 }
 
@@ -146,17 +147,22 @@ impl ReadOptions {
 ///
 /// CSV, plain, gzip or zip (one table in it), and Parquet are told apart by their first bytes. The
 /// header names the columns, in any order and any case; columns that the schema does not ask
-/// for are passed over. Timestamps are unix times in seconds to nanoseconds, whole or with a
-/// fraction, or dates. Empty cells, `NaN` and the like make their row invalid. A file without a
-/// header is taken for Binance klines when it has their twelve columns.
+/// for are passed over. Cells are separated by commas; they may be quoted, but not go on in the next line.
+/// Timestamps are unix times in seconds to nanoseconds, whole or with a
+/// fraction (rounded down to whole seconds), or dates. Empty cells, `NaN` and the like make their row invalid. A
+/// file without a header is taken for Binance klines when it has their twelve columns.
 ///
-/// Several files are put in order of time. Where they overlap, of rows with the same timestamp a
-/// valid one goes before an invalid one, and after that the file whose name comes last wins.
+/// A Parquet file with a column `valid` of booleans, as shards have it, says itself which rows are observations: the
+/// others are taken as missing.
+///
+/// Several files are put in order of time. Where they overlap, of rows with the same timestamp a valid one goes
+/// before an invalid one, and after that the file that comes later wins: later in the list as it was given, and
+/// among the files of a pattern in the order of their names.
 ///
 /// # Errors
 ///
 /// No such file, an empty one, a header alone, missing columns, a word where a number belongs, a
-/// price of zero or less, timestamps that do not rise (see [`OrderPolicy`]): each names the file and,
+/// quoted cell that goes on in the next line, a price of zero or less, timestamps that do not rise (see [`OrderPolicy`]): each names the file and,
 /// where it can, row and column.
 ///
 /// ```
@@ -228,9 +234,12 @@ impl<'a> Stream<'a> {
             .filter_map(|f| f.metadata().ok())
             .map(|m| m.len())
             .sum();
-        let source = match &files[..] {
-            [one] => open_file(one, options, scratch)?,
-            _ => Box::new(merge::Merge::open(files.clone(), options, scratch)?),
+        let source: Box<dyn BlockSource + 'a> = match (options.order, &files[..]) {
+            (OrderPolicy::Sort, _) => {
+                Box::new(sorted::Sorted::open(files.clone(), options, scratch)?)
+            }
+            (OrderPolicy::Refuse, [one]) => open_file(one, options)?,
+            (OrderPolicy::Refuse, _) => Box::new(merge::Merge::open(files.clone(), options)?),
         };
         Ok(Self {
             source,
@@ -266,19 +275,11 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// Opens one file, in whatever format it is.
-fn open_file<'a>(
-    path: &Path,
-    options: &'a ReadOptions,
-    scratch: &Scratch,
-) -> Result<Box<dyn BlockSource + 'a>> {
-    let source: Box<dyn BlockSource + 'a> = match bytes::detect(path)? {
+/// Opens one file, in whatever format it is; its rows come as they stand in it.
+fn open_file<'a>(path: &Path, options: &'a ReadOptions) -> Result<Box<dyn BlockSource + 'a>> {
+    Ok(match bytes::detect(path)? {
         bytes::Format::Parquet => Box::new(parquet::ParquetReader::open(path, options)?),
         format => Box::new(csv::CsvReader::open(path, format, options)?),
-    };
-    Ok(match options.order {
-        OrderPolicy::Refuse => source,
-        OrderPolicy::Sort => Box::new(sorted::Sorted::new(source, options, scratch)),
     })
 }
 

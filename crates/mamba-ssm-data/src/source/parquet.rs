@@ -6,17 +6,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Float64Type, Int64Type, TimeUnit};
+use arrow::datatypes::{DataType, Float64Type, Int64Type, Schema as ArrowSchema, TimeUnit};
 use arrow::record_batch::RecordBatch;
+use arrow::util::display::array_value_to_string;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use parquet::file::reader::Length;
 
 use super::block::check_order;
-use super::number::to_seconds;
+use super::number::{parse_seconds, to_seconds};
 use super::{Block, BlockSource, OrderPolicy, ReadOptions};
+use crate::error::shorten;
 use crate::parquet_file::{SharedFile, quietly};
 use crate::schema::ColumnSpec;
+use crate::shards::VALID;
 use crate::time::is_in_calendar;
 use crate::{Error, Result};
 
@@ -31,6 +34,8 @@ pub(super) struct ParquetReader<'a> {
     /// Where the time and each column lie in a batch.
     time: usize,
     places: Vec<usize>,
+    /// Where the column is that tells observations from filled rows, if the file has one.
+    valid: Option<usize>,
     row: u64,
     last_time: Option<i64>,
     bytes: u64,
@@ -53,12 +58,15 @@ impl<'a> ParquetReader<'a> {
             .map(|f| f.name().clone())
             .collect();
         let roots = roots_of(&name, &found, options)?;
+        let valid = valid_of(builder.schema());
         let mut wanted = roots.clone();
+        wanted.extend(valid);
         wanted.sort_unstable();
         wanted.dedup();
         let place = |root: &usize| wanted.binary_search(root).unwrap_or_default();
         let places = roots[1..].iter().map(place).collect();
         let time = place(&roots[0]);
+        let valid = valid.as_ref().map(place);
         let rows = builder.metadata().file_metadata().num_rows().max(1) as u64;
         let mask = ProjectionMask::roots(builder.parquet_schema(), wanted.iter().copied());
         let reader = quietly(&name, || {
@@ -70,6 +78,7 @@ impl<'a> ParquetReader<'a> {
             reader,
             time,
             places,
+            valid,
             row: 0,
             last_time: None,
             bytes,
@@ -89,13 +98,16 @@ impl<'a> ParquetReader<'a> {
         if self.options.order == OrderPolicy::Refuse {
             check_order(&self.name, self.row + 1, self.last_time, &times)?;
         }
+        let observed = self.valid.map(|place| batch.column(place).as_boolean());
         for (i, &time) in times.iter().enumerate() {
             if !self.options.keeps(time) {
                 continue;
             }
+            // What was filled in is not taken for true, nor carried on: it is missing, for the policy of gaps to fill.
+            let missing = observed.is_some_and(|flags| flags.is_null(i) || !flags.value(i));
             let mut valid = true;
             for ((spec, from), to) in columns.iter().zip(&levels).zip(&mut block.columns) {
-                let value = from[i];
+                let value = if missing { f64::NAN } else { from[i] };
                 if !value.is_finite() {
                     valid = false;
                 } else if !spec.scale.accepts(value) {
@@ -126,34 +138,56 @@ impl<'a> ParquetReader<'a> {
 
     /// The column of time as unix seconds.
     fn seconds(&self, array: &ArrayRef) -> Result<Vec<i64>> {
-        let spec = &self.options.schema.time;
-        let per_second = match array.data_type() {
-            DataType::Timestamp(TimeUnit::Second, _) => Some(1),
-            DataType::Timestamp(TimeUnit::Millisecond, _) => Some(1_000),
-            DataType::Timestamp(TimeUnit::Microsecond, _) => Some(1_000_000),
-            DataType::Timestamp(TimeUnit::Nanosecond, _) => Some(1_000_000_000),
-            _ => None,
-        };
-        let cast = self.numbers(spec, array, &DataType::Int64)?;
-        let ticks = cast.as_primitive::<Int64Type>();
-        let mut seconds = Vec::with_capacity(ticks.len());
-        for (row, tick) in ticks.iter().enumerate() {
-            let second =
-                tick.map(|t| per_second.map_or_else(|| to_seconds(t), |per| t.div_euclid(per)));
-            match second.filter(|&s| is_in_calendar(s)) {
-                Some(second) => seconds.push(second),
-                None => {
-                    return Err(Error::NotANumber {
-                        path: self.name.clone(),
-                        row: self.row + row as u64 + 1,
-                        column: spec.name.clone(),
-                        value: tick.map_or_else(|| "null".into(), |t| t.to_string()),
-                        expected: "a time within the calendar",
-                    });
-                }
+        let found: Vec<Option<i64>> = match array.data_type() {
+            DataType::Utf8
+            | DataType::LargeUtf8
+            | DataType::Utf8View
+            | DataType::Dictionary(..) => {
+                let text = self.cast_to(array, &DataType::Utf8)?;
+                let text = text.as_string::<i32>().iter();
+                text.map(|t| parse_seconds(t?.as_bytes())).collect()
             }
+            kind => {
+                let to_second = second_of(kind);
+                let ticks = self.ticks(array)?;
+                let ticks = ticks.as_primitive::<Int64Type>().iter();
+                ticks.map(|t| t.map(to_second)).collect()
+            }
+        };
+        let wrong = found
+            .iter()
+            .position(|second| !second.is_some_and(is_in_calendar));
+        match wrong {
+            Some(row) => Err(self.no_time(array, row)),
+            None => Ok(found.into_iter().flatten().collect()),
         }
-        Ok(seconds)
+    }
+
+    /// A column of time that is not text, as whole numbers.
+    fn ticks(&self, array: &ArrayRef) -> Result<ArrayRef> {
+        match array.data_type() {
+            // Days are 32 bits wide, and cannot be cast at once.
+            DataType::Date32 => {
+                self.cast_to(&self.cast_to(array, &DataType::Int32)?, &DataType::Int64)
+            }
+            DataType::Date64 => self.cast_to(array, &DataType::Int64),
+            _ => self.numbers(&self.options.schema.time, array, &DataType::Int64),
+        }
+    }
+
+    /// The error for a cell of the column of time.
+    fn no_time(&self, array: &ArrayRef, row: usize) -> Error {
+        let value = match array.is_null(row) {
+            true => "null".into(),
+            false => array_value_to_string(array, row).unwrap_or_else(|_| "out of range".into()),
+        };
+        Error::NotANumber {
+            path: self.name.clone(),
+            row: self.row + row as u64 + 1,
+            column: self.options.schema.time.name.clone(),
+            value: shorten(&value),
+            expected: "a time within the calendar (a unix time or a date)",
+        }
     }
 
     fn numbers(&self, spec: &ColumnSpec, array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
@@ -165,12 +199,34 @@ impl<'a> ParquetReader<'a> {
                 reason: format!("column `{}` holds {from}; expected numbers", spec.name),
             });
         }
+        self.cast_to(array, to)
+    }
+
+    fn cast_to(&self, array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
         cast(array, to).map_err(|e| Error::Damaged {
             path: self.name.clone(),
             format: "Parquet",
             reason: e.to_string(),
         })
     }
+}
+
+/// How a column of this type counts time.
+fn second_of(kind: &DataType) -> fn(i64) -> i64 {
+    match kind {
+        DataType::Timestamp(TimeUnit::Second, _) => |t| t,
+        DataType::Timestamp(TimeUnit::Millisecond, _) | DataType::Date64 => |t| t.div_euclid(1_000),
+        DataType::Timestamp(TimeUnit::Microsecond, _) => |t| t.div_euclid(1_000_000),
+        DataType::Timestamp(TimeUnit::Nanosecond, _) => |t| t.div_euclid(1_000_000_000),
+        DataType::Date32 => |days| days * 86_400,
+        _ => to_seconds,
+    }
+}
+
+/// Index of the shards' own column of validity.
+fn valid_of(schema: &ArrowSchema) -> Option<usize> {
+    let mut fields = schema.fields().iter();
+    fields.position(|f| f.name() == VALID && f.data_type() == &DataType::Boolean)
 }
 
 impl BlockSource for ParquetReader<'_> {

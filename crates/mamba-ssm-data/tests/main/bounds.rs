@@ -108,6 +108,34 @@ fn source(folder: &Path, rows: usize, backwards: bool) -> PathBuf {
     path
 }
 
+/// So many candles, backwards, in so many files that overlap from end to end; returns the pattern that matches them.
+fn overlapping(folder: &Path, rows: usize, files: usize) -> PathBuf {
+    let folder = folder.join(files.to_string());
+    std::fs::create_dir(&folder).unwrap();
+    for file in 0..files {
+        let mut text = String::from(HEADER);
+        for minute in (0..rows).rev().filter(|m| m % files == file) {
+            let (time, p) = (1_600_000_020 + 60 * minute, price(minute));
+            text += &format!("{time},{p},{p},{p},{p},1\n");
+        }
+        std::fs::write(folder.join(format!("{file}.csv")), text).unwrap();
+    }
+    folder.join("*.csv")
+}
+
+#[test]
+fn more_files_to_sort_need_no_more_memory() {
+    let dir = folder();
+    let set = dir.path().join("set");
+    let [few, many] = [2, 32].map(|files| {
+        let pattern = overlapping(dir.path(), ROWS[0], files);
+        needed("sort", &pattern, &set)
+    });
+    println!("{few} MB, {many} MB");
+    assert!(many < few + 16, "{few} MB, {many} MB");
+    assert_eq!(Dataset::open(&set).unwrap().len(), ROWS[0]);
+}
+
 #[test]
 fn four_times_the_rows_need_no_more_memory() {
     let dir = folder();

@@ -5,12 +5,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray, TimestampSecondArray};
+use arrow::array::{
+    ArrayRef, Date32Array, Date64Array, Float64Array, Int64Array, StringArray, TimestampSecondArray,
+};
 use arrow::datatypes::DataType;
 use arrow::record_batch::RecordBatch;
 use mamba_ssm_data::{
-    ColumnSpec, Dataset, Feature, LoaderOptions, PrepareOptions, RawSeries, ReadOptions, Scale,
-    Schema, Split, WindowOptions, prepare, read_many, read_series,
+    ColumnSpec, Dataset, Feature, GapPolicy, LoaderOptions, OrderPolicy, PrepareOptions, RawSeries,
+    ReadOptions, Scale, Schema, Split, WindowOptions, fill_gaps, prepare, read_many, read_series,
 };
 use parquet::arrow::ArrowWriter;
 
@@ -201,6 +203,101 @@ fn where_files_overlap_valid_rows_win_and_then_the_last_name() {
     assert!(series.valid.iter().all(|&v| v));
 }
 
+/// The order in which sources are given decides, not their names; a pattern gives them in the order of their names.
+#[test]
+fn where_files_disagree_the_later_one_in_the_list_wins() {
+    let dir = folder();
+    let file = |name: &str, price: i64| {
+        let rows: String = (1..4)
+            .map(|m| format!("{},{price},{price},{price},{price},1\n", m * 60))
+            .collect();
+        write(dir.path(), name, format!("{HEADER}{rows}"))
+    };
+    let (a, b) = (file("a.csv", 10), file("b.csv", 20));
+    let pattern = dir.path().join("*.csv");
+    for order in [OrderPolicy::Refuse, OrderPolicy::Sort] {
+        let options = ReadOptions::default().with_order(order);
+        let prices = |list: &[&PathBuf]| read_many(list, &options).unwrap().columns[0].clone();
+        assert_eq!(prices(&[&a, &b]), [20.0; 3], "{order:?}");
+        assert_eq!(prices(&[&b, &a]), [10.0; 3], "{order:?}");
+        assert_eq!(prices(&[&pattern]), [20.0; 3], "{order:?}");
+        assert_eq!(prices(&[&pattern, &a]), [10.0; 3], "{order:?}");
+    }
+}
+
+/// Within a file the last row of a timestamp stays; among files a valid one goes first.
+#[test]
+fn several_files_in_any_order_are_sorted_into_one_series() {
+    let dir = folder();
+    let file = |name: &str, rows: &[(i64, &str)]| {
+        let rows: String = rows
+            .iter()
+            .map(|(minute, price)| format!("{},{price},2,2,2,1\n", minute * 60))
+            .collect();
+        write(dir.path(), name, format!("{HEADER}{rows}"))
+    };
+    let a = file("a.csv", &[(5, "5"), (3, "3"), (1, "1"), (3, ""), (7, "7")]);
+    let b = file(
+        "b.csv",
+        &[(6, "60"), (3, "30"), (5, ""), (7, "70"), (2, "20")],
+    );
+    let options = ReadOptions::default().with_order(OrderPolicy::Sort);
+    let series = read_many(&[&a, &b], &options).unwrap();
+    let minutes: Vec<i64> = series.timestamps.iter().map(|t| t / 60).collect();
+    assert_eq!(minutes, [1, 2, 3, 5, 6, 7]);
+    assert_eq!(series.columns[0], [1.0, 20.0, 30.0, 5.0, 60.0, 70.0]);
+
+    let missing = dir.path().join("missing.csv");
+    let message = read_many(&[&a, &missing], &options)
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("missing.csv"), "{message}");
+}
+
+#[test]
+fn a_line_end_within_quotes_is_refused_with_its_row() {
+    let dir = folder();
+    let header = "Timestamp,Open,High,Low,Close,Volume,note\n";
+    let row = |minute: usize, note: &str| format!("{},1,1,1,1,1,{note}\n", minute * 60);
+    let rows =
+        |minutes: std::ops::Range<usize>| -> String { minutes.map(|m| row(m, "plain")).collect() };
+    let refused = |text: String, number: usize| {
+        let message = refusal(write(dir.path(), "notes.csv", text));
+        let place = format!("notes.csv: row {number}: ");
+        assert!(
+            message.contains(&place) && message.contains("one row per line"),
+            "{message}"
+        );
+    };
+    // Within a block, behind blank lines, and a quote that is never closed.
+    refused(
+        format!("{header}{}{}", rows(0..9), row(9, "\"two\nlines\"")),
+        11,
+    );
+    refused(format!("{header}\n\n{}", row(9, "\"two\nlines\"")), 4);
+    refused(format!("{header}{}{}", row(0, "\"open"), rows(1..5)), 2);
+    refused(
+        format!("{}{}", header.replace("note", "\"no\nte\""), rows(0..5)),
+        1,
+    );
+    // Around the end of the first block of 2 MiB, which is cut at a line end, perhaps the one within the quotes.
+    for pad in (0..36).step_by(4) {
+        let before = format!("{header}{}{}", row(0, &"p".repeat(pad)), rows(1..100_000));
+        let minute = before[..2 << 20].matches('\n').count() - 1;
+        let text = format!(
+            "{header}{}{}{}{}",
+            row(0, &"p".repeat(pad)),
+            rows(1..minute),
+            row(minute, "\"two\nlines\""),
+            rows(minute + 1..100_000)
+        );
+        refused(text, minute + 2);
+    }
+    // Quotes without a line end in them are nothing special.
+    let text = format!("{header}{}{}", rows(0..9), row(9, "\"a, \"\"b\"\"\""));
+    assert_eq!(read(write(dir.path(), "notes.csv", text)).len(), 10);
+}
+
 #[test]
 fn overlapping_halves_make_the_whole() {
     let dir = folder();
@@ -370,6 +467,80 @@ fn a_shard_can_be_a_source() {
     let rows = data.rows().unwrap();
     assert_eq!(series.timestamps, rows.timestamps);
     assert!((0..500).all(|i| series.columns[4][i] == f64::from(rows.row(i)[4])));
+}
+
+/// Rows that a shard marks as filled are no observations wherever they are read.
+#[test]
+fn what_a_shard_marks_as_filled_is_missing_when_the_shard_is_a_source() {
+    let dir = folder();
+    let text = candles(500).replace(&candle_rows(100..103), "");
+    let csv = write(dir.path(), "c.csv", text);
+    let windows = WindowOptions {
+        gaps: GapPolicy::Fill { limit: 5 },
+        ..small_windows()
+    };
+    prepare(&PrepareOptions::new(csv, dir.path().join("set")).with_windows(windows)).unwrap();
+    let data = Dataset::open(dir.path().join("set")).unwrap();
+    let shards = &data.manifest().unwrap().shards;
+    let shard = dir.path().join("set").join(&shards[0].file);
+    let schema = Schema {
+        columns: vec![ColumnSpec::new("Close", Scale::Identity)],
+        ..Schema::ohlcv()
+    };
+    let series = read_series(shard, &ReadOptions::default().with_schema(schema)).unwrap();
+    let rows = data.rows().unwrap();
+    assert_eq!(series.valid.iter().filter(|v| !**v).count(), 3);
+    assert_eq!(series.valid, rows.valid);
+    assert!(series.columns[0][100..103].iter().all(|x| x.is_nan()));
+    // Split windows stay out of them, and filling gives what was filled before.
+    let windows = Dataset::in_memory(series.clone(), &small_windows()).unwrap();
+    let crosses = |start: &u64| (100 - 15..103).contains(start);
+    assert!(!windows.starts(Split::Train).iter().any(crosses));
+    let filled = fill_gaps(series, &GapPolicy::Fill { limit: 5 }).unwrap();
+    assert!((0..500).all(|i| filled.columns[0][i] == f64::from(rows.row(i)[3])));
+    assert_eq!(filled.valid, rows.valid);
+}
+
+#[test]
+fn dates_in_a_parquet_file_are_times() {
+    let dir = folder();
+    let schema = Schema {
+        time: ColumnSpec::new("day", Scale::Identity),
+        columns: vec![ColumnSpec::new("x", Scale::Identity)],
+        step: 86_400,
+    };
+    let options = ReadOptions::default().with_schema(schema);
+    let x: ArrayRef = Arc::new(Float64Array::from(vec![1.0, 2.0, 3.0]));
+    let days = [19_723, 19_724, 19_725];
+    let date32: ArrayRef = Arc::new(Date32Array::from(days.to_vec()));
+    let millis = days.map(|d| i64::from(d) * 86_400_000);
+    let date64: ArrayRef = Arc::new(Date64Array::from(millis.to_vec()));
+    let text: ArrayRef = Arc::new(StringArray::from(vec![
+        "2024-01-01",
+        "2024-01-02 00:00",
+        "2024-01-03T01:00:00+01:00",
+    ]));
+    let large = arrow::compute::cast(&text, &DataType::LargeUtf8).unwrap();
+    for (name, day) in [
+        ("32", date32),
+        ("64", date64),
+        ("text", text),
+        ("large", large),
+    ] {
+        let path = parquet_of(dir.path(), name, vec![("day", day), ("x", x.clone())]);
+        let series = read_series(path, &options).unwrap();
+        assert_eq!(
+            series.timestamps,
+            [1_704_067_200, 1_704_153_600, 1_704_240_000],
+            "{name}"
+        );
+    }
+    let words: ArrayRef = Arc::new(StringArray::from(vec!["2024-01-01", "soon", "later"]));
+    let path = parquet_of(dir.path(), "words.parquet", vec![("day", words), ("x", x)]);
+    let message = read_series(path, &options).unwrap_err().to_string();
+    for word in ["words.parquet", "row 2", "`day`", "`soon`", "a date"] {
+        assert!(message.contains(word), "`{word}` is missing in: {message}");
+    }
 }
 
 /// Features, few bytes of memory, and many pages: what comes out is what everything in memory gives.
