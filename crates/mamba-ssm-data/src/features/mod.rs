@@ -116,8 +116,11 @@ impl Feature {
             Feature::TimeOfDay => return vec!["day_sin".into(), "day_cos".into()],
             Feature::TimeOfWeek => return vec!["week_sin".into(), "week_cos".into()],
             Feature::Regime {
-                window, lookback, ..
-            } => format!("regime_{window}_{lookback}"),
+                window,
+                lookback,
+                quantile,
+                ..
+            } => format!("regime_{window}_{lookback}_q{quantile}"),
         };
         let base = self.of().map_or(base.clone(), |of| format!("{of}_{base}"));
         match self {
@@ -359,12 +362,53 @@ mod tests {
             Feature::TimeOfDay,
             Feature::TimeOfWeek,
             Feature::Regime {
-                of,
+                of: of.clone(),
                 window: 3,
                 lookback: 8,
                 quantile: 0.7,
             },
+            Feature::Regime {
+                of,
+                window: 3,
+                lookback: 8,
+                quantile: 0.25,
+            },
         ]
+    }
+
+    /// A number for each kind; a new kind does not compile until it has one.
+    fn kind(feature: &Feature) -> usize {
+        match feature {
+            Feature::Return { .. } => 0,
+            Feature::Volatility { .. } => 1,
+            Feature::Rsi { .. } => 2,
+            Feature::Macd { .. } => 3,
+            Feature::Atr { .. } => 4,
+            Feature::VwapDistance { .. } => 5,
+            Feature::TimeOfDay => 6,
+            Feature::TimeOfWeek => 7,
+            Feature::Regime { .. } => 8,
+        }
+    }
+
+    const KINDS: usize = 9;
+
+    /// What the tests below say of every feature must be said of every kind.
+    #[test]
+    fn every_kind_is_among_the_features_that_are_tested() {
+        let tested: std::collections::BTreeSet<usize> = every_feature().iter().map(kind).collect();
+        assert!(tested.into_iter().eq(0..KINDS));
+    }
+
+    #[test]
+    fn features_that_differ_in_a_number_alone_have_names_of_their_own() {
+        let names: Vec<String> = every_feature().iter().flat_map(Feature::names).collect();
+        let different: std::collections::BTreeSet<&String> = names.iter().collect();
+        assert_eq!(different.len(), names.len(), "{names:?}");
+        assert_eq!(
+            names[names.len() - 2..],
+            ["regime_3_8_q0.7", "regime_3_8_q0.25"]
+        );
     }
 
     fn series(rows: &[[f64; 5]]) -> RawSeries {

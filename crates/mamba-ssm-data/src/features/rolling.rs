@@ -2,40 +2,54 @@
 
 use std::collections::VecDeque;
 
-/// The sum of the last values. Summed afresh once a window, so that rounding does not build up.
+/// The sum of the last values, of sums alone: nothing is taken away again, so that a value that has left the window
+/// leaves no rounding error behind (a window of zeros has the sum zero).
+///
+/// The window is two stacks. The older one keeps the sum from each of its values to its newest; when it is empty,
+/// the newer one is turned over onto it.
 #[derive(Debug)]
 pub(super) struct RollingSum {
-    values: VecDeque<f64>,
+    newer: Vec<f64>,
+    newer_sum: f64,
+    older_sums: Vec<f64>,
     window: usize,
-    sum: f64,
-    since_fresh: usize,
 }
 
 impl RollingSum {
     pub(super) fn new(window: usize) -> Self {
         Self {
-            values: VecDeque::new(),
+            newer: Vec::new(),
+            newer_sum: 0.0,
+            older_sums: Vec::new(),
             window,
-            sum: 0.0,
-            since_fresh: 0,
         }
     }
 
     /// Takes the next value; the sum once the window is full.
     pub(super) fn push(&mut self, value: f64) -> Option<f64> {
-        self.values.push_back(value);
-        self.sum += value;
-        if self.values.len() > self.window
-            && let Some(old) = self.values.pop_front()
-        {
-            self.sum -= old;
+        self.newer.push(value);
+        self.newer_sum += value;
+        if self.len() > self.window {
+            if self.older_sums.is_empty() {
+                self.turn_over();
+            }
+            self.older_sums.pop();
         }
-        self.since_fresh += 1;
-        if self.since_fresh >= self.window {
-            self.sum = self.values.iter().sum();
-            self.since_fresh = 0;
+        let older = self.older_sums.last().copied().unwrap_or(0.0);
+        (self.len() == self.window).then_some(older + self.newer_sum)
+    }
+
+    fn len(&self) -> usize {
+        self.newer.len() + self.older_sums.len()
+    }
+
+    fn turn_over(&mut self) {
+        let mut sum = 0.0;
+        while let Some(value) = self.newer.pop() {
+            sum += value;
+            self.older_sums.push(sum);
         }
-        (self.values.len() == self.window).then_some(self.sum)
+        self.newer_sum = 0.0;
     }
 }
 
@@ -167,6 +181,32 @@ mod tests {
         sum.push(1e18);
         let last = (0..20).filter_map(|_| sum.push(0.1)).last().unwrap();
         assert!((last - 0.4).abs() < 1e-12, "{last}");
+    }
+
+    #[test]
+    fn a_rolling_sum_is_that_of_its_window_and_zero_when_all_of_it_is() {
+        let values: Vec<f64> = (0..90)
+            .map(|i| {
+                if i % 30 < 17 {
+                    0.1 + f64::from(i) * 1e6
+                } else {
+                    0.0
+                }
+            })
+            .collect();
+        for window in [1, 2, 7, 12] {
+            let mut sum = RollingSum::new(window);
+            for (i, &value) in values.iter().enumerate() {
+                let got = sum.push(value);
+                assert_eq!(got.is_some(), i + 1 >= window);
+                let Some(got) = got else { continue };
+                let expected: f64 = values[i + 1 - window..=i].iter().sum();
+                assert!(
+                    (got - expected).abs() <= 1e-14 * expected,
+                    "{got} {expected}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -177,8 +177,7 @@ impl Step for VwapDistance {
         let money = self.money.push((high + low + close) / 3.0 * volume);
         let traded = self.volume.push(volume);
         if let Some((money, traded)) = money.zip(traded) {
-            // Sums of what has come and gone may leave a rounding error where nothing was traded.
-            let traded = if traded > 1e-12 { traded } else { 0.0 };
+            // Where nothing was traded both sums are zero, and their ratio no number.
             let distance = (close * traded / money).ln();
             out[0] = if distance.is_finite() { distance } else { 0.0 };
         }
@@ -269,6 +268,47 @@ mod tests {
         assert!(got[2][0].abs() < 1e-12);
         let still: [&[f64]; 2] = [&[5.0, 5.0, 5.0, 0.0]; 2];
         assert_eq!(run(Feature::VwapDistance { window: 2 }, &still)[1][0], 0.0);
+    }
+
+    #[test]
+    fn vwap_is_quiet_as_soon_as_trading_stops_and_hears_the_smallest_volume() {
+        let feature = Feature::VwapDistance { window: 5 };
+        let volumes = (0..40).map(|i| match i % 20 {
+            k @ 0..11 => 0.1 + f64::from(k) * 1e7 / 3.0,
+            _ => 0.0,
+        });
+        let rows: Vec<[f64; 4]> = volumes
+            .enumerate()
+            .map(|(i, volume)| {
+                let price = 10.0 + (i % 3) as f64 / 7.0;
+                [price, price, price, volume]
+            })
+            .collect();
+        let cells: Vec<&[f64]> = rows.iter().map(<[f64; 4]>::as_slice).collect();
+        let got = run(feature.clone(), &cells);
+        for at in 4..40 {
+            let window = &rows[at - 4..=at];
+            let traded: f64 = window.iter().map(|r| r[3]).sum();
+            let money: f64 = window.iter().map(|r| r[0] * r[3]).sum();
+            let expected = if traded > 0.0 {
+                (rows[at][2] * traded / money).ln()
+            } else {
+                0.0
+            };
+            assert!(
+                (got[at][0] - expected).abs() < 1e-12,
+                "{at}: {} {expected}",
+                got[at][0]
+            );
+        }
+        let rows: [&[f64]; 5] = [
+            &[10.0, 10.0, 10.0, 1e-15],
+            &[20.0, 20.0, 20.0, 0.0],
+            &[20.0, 20.0, 20.0, 0.0],
+            &[20.0, 20.0, 20.0, 0.0],
+            &[20.0, 20.0, 20.0, 0.0],
+        ];
+        assert!((run(feature, &rows)[4][0] - 2f64.ln()).abs() < 1e-12);
     }
 
     #[test]
