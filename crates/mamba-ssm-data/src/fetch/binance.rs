@@ -149,7 +149,7 @@ impl BinanceMonths {
 ///
 /// # Errors
 ///
-/// [`Error::Remote`] when a month is missing, a checksum does not match, or the connection fails
+/// [`Error::Remote`] when a month or its checksum is missing, a checksum does not match, or the connection fails
 /// again and again; [`Error::Cancelled`] when the watcher says so.
 ///
 /// ```no_run
@@ -216,6 +216,11 @@ fn fetch_month(
 ) -> Result<bool> {
     let sums = format!("{url}.CHECKSUM");
     let Some(text) = client.text(&sums)? else {
+        if client.exists(url)? {
+            let reason = "the archive is there, but not this checksum of it; try again later, or fetch the archive by \
+                          other means if you trust it";
+            return Err(client.error(&sums, reason.into()));
+        }
         return Ok(false);
     };
     let expected = text.split_whitespace().next().unwrap_or_default();

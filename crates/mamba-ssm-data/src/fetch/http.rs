@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{Response, StatusCode, header};
-use ureq::{Agent, Body};
+use ureq::typestate::WithoutBody;
+use ureq::{Agent, Body, RequestBuilder};
 
 use super::{FetchOptions, FetchProgress, FetchWatcher};
 use crate::backoff::{PROGRESS, wait_after};
@@ -68,7 +69,7 @@ impl<'a> Client<'a> {
     /// A short text; `None` when there is no such file.
     pub(super) fn text(&self, url: &str) -> Result<Option<String>> {
         self.retried(url, || {
-            let mut response = self.ask(url, 0)?;
+            let mut response = self.ask(self.agent.get(url), url, 0)?;
             let mut text = String::new();
             let body = response.body_mut().as_reader().take(LONGEST_TEXT);
             { body }
@@ -76,6 +77,12 @@ impl<'a> Client<'a> {
                 .map_err(|e| Failure::Passing(e.to_string()))?;
             Ok(text)
         })
+    }
+
+    /// Whether there is such a file.
+    pub(super) fn exists(&self, url: &str) -> Result<bool> {
+        let found = self.retried(url, || self.ask(self.agent.head(url), url, 0).map(drop))?;
+        Ok(found.is_some())
     }
 
     /// Downloads a file to `target`; false when there is no such file.
@@ -131,7 +138,7 @@ impl<'a> Client<'a> {
         progress: &mut FetchProgress,
         watch: FetchWatcher<'_>,
     ) -> Attempt<()> {
-        let mut response = self.ask(url, part.bytes)?;
+        let mut response = self.ask(self.agent.get(url), url, part.bytes)?;
         let from = match response.status() {
             StatusCode::PARTIAL_CONTENT => content_range(&response).map_or(0, |(from, _)| from),
             StatusCode::RANGE_NOT_SATISFIABLE => {
@@ -175,8 +182,12 @@ impl<'a> Client<'a> {
     }
 
     /// Sends a request for what comes after `from`; refusals are failures.
-    fn ask(&self, url: &str, from: u64) -> Attempt<Response<Body>> {
-        let mut request = self.agent.get(url);
+    fn ask(
+        &self,
+        mut request: RequestBuilder<WithoutBody>,
+        url: &str,
+        from: u64,
+    ) -> Attempt<Response<Body>> {
         if let Some(authorization) = &self.authorization {
             request = request.header(header::AUTHORIZATION, authorization);
         }

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::server::{Answer, Request, Server};
-use crate::support::{candles, folder, names_in};
+use crate::support::{candles, child_process, folder, names_in};
 
 const MONTHS: &str = "data/spot/monthly/klines/BTCUSDT/1m";
 
@@ -307,4 +307,117 @@ fn the_newest_month_may_not_be_there_yet_but_an_older_one_must() {
     // Published so far: everything up to last month, of which this site has nothing.
     let message = fetch(&months("2024-12", None)).unwrap_err().to_string();
     assert!(message.contains("for 2025-02"), "{message}");
+}
+
+#[test]
+fn an_archive_without_its_checksum_is_told_from_one_that_is_not_there() {
+    let (site, out) = (site(), folder());
+    std::fs::remove_file(
+        site.path()
+            .join(MONTHS)
+            .join("BTCUSDT-1m-2024-12.zip.CHECKSUM"),
+    )
+    .unwrap();
+    let server = Server::start(site.path(), |_, _| Answer::Whole);
+    let message = binance(&server, out.path()).unwrap_err().to_string();
+    assert!(
+        message.contains("2024-12.zip.CHECKSUM") && message.contains("the archive is there"),
+        "{message}"
+    );
+    assert_eq!(names_in(out.path()), ["BTCUSDT-1m-2024-11.zip"]);
+}
+
+#[test]
+fn the_users_name_is_not_sent_on_to_where_a_server_redirects() {
+    let (site, out) = (site(), folder());
+    let store = Server::start(site.path(), |_, _| Answer::Whole);
+    let port = store.url.rsplit(':').next().unwrap().parse().unwrap();
+    let front = Server::start(site.path(), move |_, _| Answer::Redirect(port));
+    let file = kaggle(&front, out.path()).unwrap();
+    assert_eq!(
+        read_series(file, &ReadOptions::default()).unwrap().len(),
+        5000
+    );
+    let asked = |server: &Server| -> Vec<_> {
+        let all = server.requests().into_iter();
+        all.map(|r| r.authorization.is_some()).collect()
+    };
+    assert_eq!((asked(&front), asked(&store)), (vec![true], vec![false]));
+}
+
+#[test]
+fn a_part_that_another_process_writes_is_left_to_it() {
+    let (site, out) = (site(), folder());
+    let server = Server::start(site.path(), |_, _| Answer::Whole);
+    let part = out.path().join("BTCUSDT-1m-2024-11.zip.part");
+    std::fs::write(&part, "what another process has written").unwrap();
+    let other = std::fs::File::options().append(true).open(&part).unwrap();
+    other.try_lock().unwrap();
+    let error = binance(&server, out.path()).unwrap_err();
+    assert!(matches!(error, Error::Busy { .. }), "{error}");
+    assert!(error.to_string().contains("2024-11.zip.part"), "{error}");
+    assert_eq!(
+        std::fs::read(&part).unwrap(),
+        b"what another process has written"
+    );
+    drop(other);
+    binance(&server, out.path()).unwrap();
+    assert_eq!(names_in(out.path()).len(), 3);
+}
+
+/// Not a test: what the next one runs as a process of its own, with its own environment.
+#[test]
+#[ignore = "the child process of another test"]
+fn child() {
+    match Credentials::find() {
+        Ok(found) => println!("found {}", found.map_or("none".into(), |c| c.username)),
+        Err(error) => println!("refused: {error}"),
+    }
+}
+
+#[test]
+fn credentials_come_from_variables_then_the_configured_folder_then_the_home() {
+    let dir = folder();
+    let home = dir.path().join("home");
+    let config = dir.path().join("config");
+    for (folder, name) in [
+        (home.join(".kaggle"), "of_home"),
+        (config.clone(), "of_config"),
+    ] {
+        std::fs::create_dir_all(&folder).unwrap();
+        let text = format!(r#"{{"username":"{name}","key":"hidden"}}"#);
+        std::fs::write(folder.join("kaggle.json"), text).unwrap();
+    }
+    let found = |variables: &[(&str, &str)]| {
+        let mut command = child_process(&[], "fetching::child");
+        for name in [
+            "KAGGLE_USERNAME",
+            "KAGGLE_KEY",
+            "KAGGLE_CONFIG_DIR",
+            "USERPROFILE",
+        ] {
+            command.env_remove(name);
+        }
+        command.env("HOME", &home).envs(variables.iter().copied());
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let line = text.lines().find_map(|l| l.split_once("found "));
+        line.unwrap_or_else(|| panic!("{text}")).1.to_string()
+    };
+    let config = config.to_str().unwrap();
+    let (name, key) = (
+        ("KAGGLE_USERNAME", "of_variables"),
+        ("KAGGLE_KEY", "hidden"),
+    );
+    let folder = ("KAGGLE_CONFIG_DIR", config);
+    assert_eq!(found(&[name, key, folder]), "of_variables");
+    assert_eq!(
+        found(&[name, folder]),
+        "of_config",
+        "a name without a key is none"
+    );
+    assert_eq!(found(&[("KAGGLE_KEY", ""), name, folder]), "of_config");
+    assert_eq!(found(&[folder]), "of_config");
+    assert_eq!(found(&[]), "of_home");
+    assert_eq!(found(&[("HOME", config)]), "none");
 }

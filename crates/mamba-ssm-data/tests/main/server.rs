@@ -24,6 +24,9 @@ pub enum Answer {
     WithoutRangesCut(usize),
     /// As asked, but with one byte changed.
     Altered,
+    /// Go to the server on this port of loopback instead.
+    #[allow(dead_code, reason = "downloads alone are redirected, and not every build has them")]
+    Redirect(u16),
 }
 
 /// A request that came in.
@@ -192,8 +195,13 @@ fn serve(
         before
     };
     let answer = plan(&request, before);
-    if let Answer::Status(status) = answer {
-        return head(stream, status, 0, "");
+    match answer {
+        Answer::Status(status) => return head(stream, status, 0, ""),
+        Answer::Redirect(port) => {
+            let there = format!("Location: http://127.0.0.1:{port}/{}\r\n", request.path);
+            return head(stream, 302, 0, &there);
+        }
+        _ => {}
     }
     if request.method == "PUT" {
         let mut body = vec![0; length];
