@@ -66,6 +66,9 @@ impl Dataset {
     /// Opens a shard set in a folder or, with the feature `remote`, behind a URL (`file`, `s3`, `gs`, `az`,
     /// `http`, `https`). Reads the manifest alone; rows are read when they are asked for.
     ///
+    /// A set that is prepared anew in the same folder replaces this one and removes its files: rows that have not
+    /// been read by then are answered by [`Error::Replaced`].
+    ///
     /// # Errors
     ///
     /// No such folder, no manifest in it, a manifest of another version, a shard that is missing
@@ -266,7 +269,8 @@ impl Dataset {
     ///
     /// # Errors
     ///
-    /// [`Error::Shard`] when a shard's checksum or content is wrong.
+    /// [`Error::Shard`] when a shard's checksum or content is wrong; [`Error::Replaced`] when the set has been
+    /// prepared anew since it was opened.
     pub fn rows(&self) -> Result<Arc<Normalised>> {
         let mut resident = self
             .inner
@@ -283,6 +287,22 @@ impl Dataset {
         };
         *resident = Some(rows.clone());
         Ok(rows)
+    }
+
+    /// All rows, for somebody who takes them away: rows that are not in memory yet are read without being kept.
+    #[cfg(feature = "burn")]
+    pub(crate) fn rows_to_take(&self) -> Result<Normalised> {
+        let resident = self
+            .inner
+            .resident
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        match (resident, &self.inner.source) {
+            (Some(rows), _) => Ok((*rows).clone()),
+            (None, Source::Shards { reader, .. }) => reader.read_all(),
+            (None, Source::Memory) => Ok(Normalised::default()),
+        }
     }
 
     /// Batches of a split's windows.
@@ -303,7 +323,12 @@ impl Dataset {
             });
         }
         let rows = self.row_source(options.memory_bytes);
-        Loader::new(rows, starts, self.len(), self.inner.windows.length, options)
+        let pages = match &self.inner.source {
+            Source::Memory => None,
+            Source::Shards { cache, .. } => Some(&**cache),
+        };
+        let length = self.inner.windows.length;
+        Loader::new(rows, pages, starts, self.len(), length, options)
     }
 
     /// Rows in memory if they are there already; otherwise pages, read when they are wanted.
@@ -329,4 +354,34 @@ pub(crate) fn is_url(text: &str) -> bool {
     text.split_once("://").is_some_and(|(scheme, _)| {
         scheme.len() > 1 && scheme.bytes().all(|b| b.is_ascii_alphanumeric())
     })
+}
+
+#[cfg(all(test, feature = "burn"))]
+mod tests {
+    use super::*;
+    use crate::{PrepareOptions, prepare};
+
+    #[test]
+    fn rows_that_are_taken_away_are_not_kept_as_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows = (0..400).map(|m| format!("{},{p},{p},{p},{p},1\n", m * 60, p = 1 + m % 7));
+        let text = format!(
+            "Timestamp,Open,High,Low,Close,Volume\n{}",
+            rows.collect::<String>()
+        );
+        let csv = dir.path().join("c.csv");
+        std::fs::write(&csv, text).unwrap();
+        let windows = WindowOptions {
+            length: 8,
+            stride: 4,
+            ..WindowOptions::default()
+        };
+        let options = PrepareOptions::new(csv, dir.path().join("set")).with_windows(windows);
+        prepare(&options).unwrap();
+        let data = Dataset::open(dir.path().join("set")).unwrap();
+        let taken = data.rows_to_take().unwrap();
+        assert!(data.inner.resident.lock().unwrap().is_none());
+        assert_eq!(taken, *data.rows().unwrap());
+        assert_eq!(taken, data.rows_to_take().unwrap());
+    }
 }

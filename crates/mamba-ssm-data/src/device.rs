@@ -1,7 +1,5 @@
 //! A whole series on the device: batches are gathered there, and nothing but window starts crosses the bus.
 
-use std::sync::Arc;
-
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::loader::{Loader, LoaderOptions};
@@ -62,7 +60,8 @@ impl Resident {
         data.len().saturating_mul(4 * (data.width() + 1))
     }
 
-    /// Copies all rows to a device, once; `None` when they take more than `most_bytes` there.
+    /// Copies all rows to a device, once; `None` when they take more than `most_bytes` there. Rows that
+    /// [`Dataset::rows`] has not read before are not kept in memory.
     ///
     /// # Errors
     ///
@@ -78,16 +77,15 @@ impl Resident {
                 reason: format!("{} rows are more than a device can count", data.len()),
             });
         }
-        let rows = data.rows()?;
+        let rows = data.rows_to_take()?;
         let mask: Vec<f32> = rows.valid.iter().map(|&v| f32::from(u8::from(v))).collect();
-        let values = match Arc::try_unwrap(rows) {
-            Ok(rows) => rows.values,
-            Err(shared) => shared.values.clone(),
-        };
         let length = data.window_options().length;
         Ok(Some(Self {
             data: data.clone(),
-            values: Tensor::from_data(TensorData::new(values, [data.len(), data.width()]), device),
+            values: Tensor::from_data(
+                TensorData::new(rows.values, [data.len(), data.width()]),
+                device,
+            ),
             mask: Tensor::from_data(TensorData::new(mask, [data.len()]), device),
             offsets: Tensor::<1, Int>::arange(0..length as i64, device).unsqueeze(),
         }))
@@ -140,6 +138,9 @@ impl Resident {
     }
 
     /// The batches that [`Dataset::loader`] gives for the same options, gathered on the device.
+    ///
+    /// That holds for their order, too: a series that is larger than the options' `memory_bytes` is not shuffled
+    /// as a whole here either, unless that number is raised.
     ///
     /// # Errors
     ///

@@ -257,6 +257,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// A set that has been prepared anew since it was opened.
+    #[error(
+        "{}: this file is gone, since the set has been prepared anew after it was opened; open the set again \
+         (and prepare into another folder what others are still reading)",
+        path.display()
+    )]
+    Replaced {
+        /// The file that was asked for.
+        path: PathBuf,
+    },
+
     /// Another process is writing the same set or file.
     #[error("{}: another process is writing here; wait for it to end", path.display())]
     Busy {

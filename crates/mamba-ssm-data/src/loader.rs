@@ -39,6 +39,10 @@ pub struct LoaderOptions {
     /// Bytes of rows to hold in memory. A series that fits is shuffled as a whole; of a larger one,
     /// as many pages as fit are drawn at random and their windows shuffled together.
     pub memory_bytes: usize,
+    /// Shards that a shuffled epoch needs at one time. A set of more shards is taken in random turns of so many
+    /// (less one, for windows that reach into the next), so that a bounded cache of a remote set fetches
+    /// each about once: choose no more than the cache holds, and the same number on every rank.
+    pub shards_at_once: usize,
 }
 
 impl LoaderOptions {
@@ -56,6 +60,7 @@ impl LoaderOptions {
             workers: 0,
             prefetch: 2,
             memory_bytes: 256 << 20,
+            shards_at_once: 64,
         }
     }
 
@@ -109,6 +114,12 @@ impl LoaderOptions {
         self
     }
 
+    /// Sets how many shards a shuffled epoch needs at one time.
+    pub fn with_shards_at_once(mut self, shards: usize) -> Self {
+        self.shards_at_once = shards;
+        self
+    }
+
     /// Checks the numbers.
     ///
     /// # Errors
@@ -127,6 +138,9 @@ impl LoaderOptions {
                     self.rank, self.world
                 ),
             );
+        }
+        if self.shards_at_once == 0 {
+            return bad("shards_at_once", "0; expected at least 1 shard".into());
         }
         if self.workers > 256 {
             return bad("workers", format!("{}; expected at most 256", self.workers));
@@ -154,9 +168,10 @@ pub struct Batch {
 
 /// An iterator over the batches of a split.
 ///
-/// The order depends on seed and epoch alone (and on `memory_bytes`, where the series does not fit in
-/// it), not on workers or prefetch. A loader that is made with `skip` set to
-/// the number of batches already taken goes on exactly where the first one stopped.
+/// The order depends on the set, on seed and epoch, and, where the series is larger than they are, on `memory_bytes`
+/// and `shards_at_once`; not on workers or prefetch, nor on what happens to be in memory or in a cache. With the same
+/// options, ranks share the windows without overlap, on whatever machine each of them runs, and a loader
+/// that is made with `skip` set to the number of batches already taken goes on exactly where the first one stopped.
 #[derive(Debug)]
 pub struct Loader {
     plan: Arc<BatchPlan>,
@@ -177,14 +192,16 @@ struct BatchPlan {
 }
 
 impl Loader {
+    /// `pages` are those of a shard set, whether or not its rows are in memory.
     pub(crate) fn new(
         rows: RowSource,
+        pages: Option<&PageCache>,
         starts: Vec<u64>,
         series_rows: usize,
         length: usize,
         options: &LoaderOptions,
     ) -> Result<Self> {
-        let order = epoch_order(starts, &rows, series_rows, length, options);
+        let order = epoch_order(starts, pages, series_rows, length, options);
         let full = order.len() / options.batch;
         let all = if options.drop_last {
             full
@@ -279,7 +296,8 @@ impl BatchPlan {
     fn gather(&self, index: usize) -> Result<Batch> {
         let starts = self.starts_of(index);
         let later = &self.order[index * self.batch + starts.len()..];
-        self.rows.announce(&later[..later.len().min(self.batch)]);
+        self.rows
+            .announce(&later[..later.len().min(self.batch)], self.length);
         let mut batch = Batch {
             batch: starts.len(),
             length: self.length,
@@ -359,10 +377,13 @@ pub(crate) enum RowSource {
 
 impl RowSource {
     /// Says which windows come next, so that their shards can be on their way.
-    fn announce(&self, starts: &[u64]) {
+    fn announce(&self, starts: &[u64], length: usize) {
         if let RowSource::Pages(pages) = self {
             for &start in starts {
-                pages.prefetch(start as usize / pages.page_rows());
+                let start = start as usize;
+                for row in [start, start + length - 1] {
+                    pages.prefetch(row / pages.page_rows());
+                }
             }
         }
     }
@@ -391,7 +412,7 @@ fn spawn_worker(
 /// The windows of this rank in the order of the epoch.
 fn epoch_order(
     mut starts: Vec<u64>,
-    rows: &RowSource,
+    pages: Option<&PageCache>,
     series_rows: usize,
     length: usize,
     options: &LoaderOptions,
@@ -400,15 +421,12 @@ fn epoch_order(
         // One generator per epoch: an order that can be found again without replaying the epochs before.
         let mut rng = ChaCha12Rng::seed_from_u64(seed);
         rng.set_stream(options.epoch);
-        starts = match rows {
-            RowSource::Pages(pages) => {
-                shuffled(starts, pages, series_rows, length, options, &mut rng)
+        match pages {
+            Some(pages) => {
+                starts = shuffled(starts, pages, series_rows, length, options, &mut rng);
             }
-            RowSource::Memory(_) => {
-                starts.shuffle(&mut rng);
-                starts
-            }
-        };
+            None => starts.shuffle(&mut rng),
+        }
     }
     if options.world == 1 {
         return starts;
@@ -422,7 +440,7 @@ fn epoch_order(
         .collect()
 }
 
-/// Shuffles as widely as memory, and the room for shards, allow.
+/// Shuffles as widely as the options allow. What is in memory or in a cache must not matter.
 fn shuffled(
     starts: Vec<u64>,
     pages: &PageCache,
@@ -431,12 +449,11 @@ fn shuffled(
     options: &LoaderOptions,
     rng: &mut ChaCha12Rng,
 ) -> Vec<u64> {
-    let rounds = match pages.shards_at_once() {
-        Some(shards) => {
-            let of_start = |start: u64| pages.shard_of(start as usize / pages.page_rows());
-            rounds_of_shards(&starts, of_start, shards, rng)
-        }
-        None => vec![starts],
+    let rounds = if options.shards_at_once < pages.shards() {
+        let of_start = |start: u64| pages.shard_of(start as usize / pages.page_rows());
+        rounds_of_shards(&starts, of_start, options.shards_at_once, rng)
+    } else {
+        vec![starts]
     };
     let fits = series_rows.div_ceil(pages.page_rows()) * pages.page_bytes() <= options.memory_bytes;
     let at_once = options.memory_bytes / pages.page_bytes();

@@ -19,7 +19,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PrepareOptions {
-    /// The source files, or patterns that match them (`data/*.zip`).
+    /// The source files, or patterns that match them (`data/*.zip`). Where they overlap the later one wins, see
+    /// [`read_series`](crate::read_series).
     pub inputs: Vec<PathBuf>,
     /// The folder of the shard set. Made if it is not there; a set in it is replaced as a whole.
     pub output: PathBuf,
@@ -82,7 +83,7 @@ impl PrepareOptions {
         self
     }
 
-    /// The memory for rows. Where a file is sorted, sorting and storing have a half each.
+    /// The memory for rows. Where files are sorted, sorting (all of them) and storing have a half each.
     fn scratch(&self) -> Scratch {
         let shares = match self.read.order {
             OrderPolicy::Refuse => 1,
@@ -145,7 +146,9 @@ pub struct Summary {
 /// Reads, fits, windows, normalises, and publishes a shard set.
 ///
 /// The folder changes in one step: until the rename of its manifest it holds the old set (or
-/// none), from then on the new one, whenever the process is killed. Memory: `memory_bytes` of rows, about
+/// none), from then on the new one, whenever the process is killed. The files of the old set are removed then: a
+/// [`Dataset`](crate::Dataset) that was opened before and has not read all it needs answers
+/// [`Error::Replaced`]. Memory: `memory_bytes` of rows, about
 /// 12 MB of text on its way and 4 MB more for each thread, and two row groups per thread, however large the sources.
 ///
 /// # Errors

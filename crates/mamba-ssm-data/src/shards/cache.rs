@@ -55,10 +55,9 @@ impl PageCache {
         self.reader.shard_of(page)
     }
 
-    /// Whether shards have to take turns, and how many can be had at once.
-    pub(crate) fn shards_at_once(&self) -> Option<usize> {
-        let at_once = self.reader.shards_at_once();
-        (at_once < self.reader.manifest.shards.len()).then_some(at_once)
+    /// Number of shards.
+    pub(crate) fn shards(&self) -> usize {
+        self.reader.manifest.shards.len()
     }
 
     /// Bytes of a page in memory.

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use super::manifest::{MANIFEST, Shard};
+use super::manifest::{MANIFEST, Manifest, Shard};
 use super::open::{check_size, damaged};
 use crate::{Error, Result};
 
@@ -34,6 +34,22 @@ pub(crate) trait Files: Send + Sync + std::fmt::Debug {
 #[derive(Debug)]
 pub(crate) struct Folder(pub(crate) PathBuf);
 
+impl Folder {
+    /// Why a shard is not there: each set has a folder of its own, which goes when the next set is published.
+    fn missing(&self, shard: &Shard) -> Error {
+        let path = self.place(&shard.file);
+        let is_of_another_set = self
+            .manifest()
+            .ok()
+            .and_then(|bytes| Manifest::parse(&path, &bytes).ok())
+            .is_some_and(|now| now.shards.iter().all(|s| s.file != shard.file));
+        match is_of_another_set {
+            true => Error::Replaced { path },
+            false => damaged(&path, "it is missing".into()),
+        }
+    }
+}
+
 impl Files for Folder {
     fn manifest(&self) -> Result<Vec<u8>> {
         let path = self.0.join(MANIFEST);
@@ -55,13 +71,16 @@ impl Files for Folder {
         let path = self.place(&shard.file);
         match fs::metadata(&path) {
             Ok(meta) => check_size(&path, shard, meta.len()),
-            Err(_) => Err(damaged(&path, "it is missing".into())),
+            Err(_) => Err(self.missing(shard)),
         }
     }
 
     fn open(&self, shard: &Shard) -> Result<File> {
         let path = self.place(&shard.file);
-        File::open(&path).map_err(|e| Error::io(&path, "open it", e))
+        File::open(&path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => self.missing(shard),
+            _ => Error::io(&path, "open it", e),
+        })
     }
 
     fn place(&self, file: &str) -> PathBuf {

@@ -69,12 +69,6 @@ impl ShardReader {
         self.locate(page).0
     }
 
-    /// Shards that can be read in turns without fetching any of them twice.
-    pub(crate) fn shards_at_once(&self) -> usize {
-        let largest = self.manifest.shards.iter().map(|s| s.bytes).max();
-        self.files.holds_at_once(largest.unwrap_or(0))
-    }
-
     /// The shard that a page lies in, and its row group there.
     fn locate(&self, page: usize) -> (usize, usize) {
         let row = page as u64 * self.manifest.group_rows;

@@ -223,6 +223,7 @@ fn the_cache_keeps_its_bound_and_a_shuffle_fetches_each_shard_once() {
     // Memory for one page, room for two shards: windows are drawn from one shard after another.
     let loading = LoaderOptions::new(16)
         .shuffled(1)
+        .with_shards_at_once(2)
         .with_memory_bytes(65_536 * 21);
     let mut seen = Vec::new();
     for batch in data.loader(Split::Train, &loading).unwrap() {
@@ -234,10 +235,50 @@ fn the_cache_keeps_its_bound_and_a_shuffle_fetches_each_shard_once() {
     // Windows that reach into the next shard ask for it once more.
     assert!(server.asked("parquet") <= 8, "{}", server.asked("parquet"));
 
+    // Neither the cache nor the place has a say in the order.
+    let wide = Dataset::open_remote(&server.url, &quick(&folder())).unwrap();
+    let order = |data: &Dataset| {
+        let loader = data.loader(Split::Train, &loading).unwrap();
+        loader.order().to_vec()
+    };
+    assert!(order(&data) == order(&wide) && order(&data) == order(&local));
+
     let tight = quick(&folder()).with_cache(&cache, largest / 2);
     let data = Dataset::open_remote(&server.url, &tight).unwrap();
     let message = data.rows().unwrap_err().to_string();
     assert!(message.contains("cache_bytes"), "{message}");
+}
+
+#[test]
+fn the_next_shard_is_fetched_before_it_is_wanted() {
+    let (dir, out) = set();
+    let server = Server::start(&out, |_, _| Answer::Whole);
+    let data = Dataset::open_remote(&server.url, &quick(&dir)).unwrap();
+    let rows = data.manifest().unwrap().shards[0].rows;
+    // In order of time, so that the second shard is not wanted before the first one has ended.
+    let mut loader = data.loader(Split::Train, &LoaderOptions::new(64)).unwrap();
+    let last_row = |starts: &[u64]| starts[starts.len() - 1] + 15;
+    let order = loader.order().to_vec();
+    for next in order.chunks(64).skip(1) {
+        let batch = loader.next().unwrap().unwrap();
+        assert!(
+            last_row(&batch.starts) < rows,
+            "the second shard was not announced"
+        );
+        if last_row(next) >= rows {
+            break;
+        }
+        assert_eq!(server.asked("part-00001"), 0);
+    }
+    let begun = std::time::Instant::now();
+    while server.asked("part-00001") == 0 {
+        assert!(
+            begun.elapsed() < PATIENT,
+            "the second shard was not asked for ahead"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(server.asked("part-00002"), 0);
 }
 
 #[test]

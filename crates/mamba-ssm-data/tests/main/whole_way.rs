@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use mamba_ssm_data::{
-    Batch, Dataset, GapPolicy, LoaderOptions, PrepareOptions, Protocol, ReadOptions, Split,
+    Batch, Dataset, Error, GapPolicy, LoaderOptions, PrepareOptions, Protocol, ReadOptions, Split,
     WindowOptions, prepare, read_series,
 };
 
@@ -258,4 +258,163 @@ fn preparing_again_replaces_the_set_as_a_whole() {
     assert_eq!((first.len(), second.len()), (1000, 1500));
     let names = names_in(&dir.path().join("set"));
     assert_eq!(names, [".lock", "manifest.json", "set-000002"]);
+}
+
+/// Ninety seconds between two rows of minutes cannot be filled on the clock.
+#[test]
+fn masked_windows_never_cross_a_jump_off_the_clock() {
+    let late = |rows: String| -> String {
+        rows.lines()
+            .map(|line| {
+                let (time, rest) = line.split_once(',').unwrap();
+                format!("{},{rest}\n", time.parse::<i64>().unwrap() + 30)
+            })
+            .collect()
+    };
+    // Three minutes are missing on the clock, and later on there is the jump.
+    let text = format!(
+        "{HEADER}{}{}{}",
+        candle_rows(0..200),
+        candle_rows(203..500),
+        late(candle_rows(500..1000))
+    );
+    let mask = GapPolicy::Mask { min_valid: 0.5 };
+    for gaps in [mask, GapPolicy::Fill { limit: 5 }] {
+        let windows = WindowOptions {
+            gaps,
+            ..small_windows()
+        };
+        let (dir, data) = set(&text, windows.clone(), 1 << 20);
+        let rows = data.rows().unwrap();
+        assert_eq!(rows.len(), 1000);
+        let starts: Vec<u64> = Split::ALL.iter().flat_map(|&s| data.starts(s)).collect();
+        for start in &starts {
+            let times = &rows.timestamps[*start as usize..*start as usize + 16];
+            assert!(
+                times.windows(2).all(|w| w[1] - w[0] == 60),
+                "{gaps:?} {start}"
+            );
+        }
+        assert!(starts.contains(&484) && starts.contains(&500), "{gaps:?}");
+        assert!(starts.iter().any(|s| (190..200).contains(s)), "{gaps:?}");
+
+        let series = read_series(dir.path().join("c.csv"), &ReadOptions::default()).unwrap();
+        let transform = data.transform().clone();
+        let unseen = Dataset::with_transform(series, transform, &windows, Split::Test).unwrap();
+        assert!(
+            !unseen
+                .starts(Split::Test)
+                .iter()
+                .any(|s| (485..500).contains(s))
+        );
+    }
+}
+
+/// A set of four pages, of which the options hold two.
+fn larger_than_memory() -> (tempfile::TempDir, Dataset, LoaderOptions) {
+    let (dir, data) = set(&candles(200_000), small_windows(), 1);
+    let page = 65_536 * (4 * 5 + 1);
+    let options = LoaderOptions::new(16)
+        .shuffled(5)
+        .with_memory_bytes(2 * page);
+    (dir, data, options)
+}
+
+#[test]
+fn the_order_is_the_same_whether_or_not_the_rows_are_in_memory() {
+    let (dir, data, options) = larger_than_memory();
+    let order = |data: &Dataset, rank: usize| {
+        let options = options.clone().sharded(rank, 2);
+        let loader = data.loader(Split::Train, &options).unwrap();
+        loader.order().to_vec()
+    };
+    let paged = [order(&data, 0), order(&data, 1)];
+    let resident = Dataset::open(dir.path().join("set")).unwrap();
+    resident.rows().unwrap();
+    assert!(
+        order(&resident, 0) == paged[0],
+        "the rows in memory change the order"
+    );
+    // One rank holds the rows in memory, another one does not.
+    let mut both = [order(&resident, 0), paged[1].clone()].concat();
+    both.sort_unstable();
+    both.dedup();
+    assert_eq!(both.len(), 2 * paged[0].len());
+
+    // What the order may depend on.
+    let other = options.clone().with_memory_bytes(1 << 30);
+    let loader = data.loader(Split::Train, &other.sharded(0, 2)).unwrap();
+    assert!(loader.order() != paged[0]);
+}
+
+#[test]
+fn a_loader_dropped_in_the_middle_goes_on_from_its_position() {
+    let (dir, data) = set(&candles(2000), small_windows(), 1 << 20);
+    let options = LoaderOptions::new(8).shuffled(3).with_workers(3, 2);
+    let all = batches(&data, &options);
+    let mut loader = data.loader(Split::Train, &options).unwrap();
+    let mut seen: Vec<Batch> = loader.by_ref().take(7).map(Result::unwrap).collect();
+    // Batches that workers have made ahead were not taken, and do not count.
+    let position = loader.position();
+    drop(loader);
+    assert_eq!(position, 7);
+    let again = Dataset::open(dir.path().join("set")).unwrap();
+    seen.extend(batches(&again, &options.skipping(position)));
+    assert!(seen == all);
+}
+
+#[test]
+fn a_set_that_was_replaced_says_so_to_those_who_still_read_it() {
+    let (dir, data) = set(&candles(1000), small_windows(), 1 << 20);
+    let csv = write(dir.path(), "more.csv", candles(1500));
+    let out = dir.path().join("set");
+    prepare(&PrepareOptions::new(&csv, &out).with_windows(small_windows())).unwrap();
+    let error = data.rows().unwrap_err();
+    assert!(matches!(error, Error::Replaced { .. }), "{error}");
+    let message = error.to_string();
+    for word in ["part-00000.parquet", "prepared anew", "open the set again"] {
+        assert!(message.contains(word), "`{word}` is missing in: {message}");
+    }
+    let mut loader = data.loader(Split::Train, &LoaderOptions::new(4)).unwrap();
+    let error = loader.next().unwrap().unwrap_err();
+    assert!(matches!(error, Error::Replaced { .. }), "{error}");
+    assert_eq!(Dataset::open(&out).unwrap().rows().unwrap().len(), 1500);
+}
+
+/// Shards of the size that is the default: 64 MB of rows.
+#[test]
+fn a_large_set_is_cut_into_shards_of_the_default_size() {
+    let dir = folder();
+    let header: String = (0..60).map(|c| format!(",c{c}")).collect();
+    let cells = ",1".repeat(60);
+    let mut text = format!("time{header}\n");
+    for row in 0..400_000 {
+        text += &format!("{row}{cells}\n");
+    }
+    let csv = write(dir.path(), "wide.csv", text);
+    let schema = mamba_ssm_data::Schema {
+        time: mamba_ssm_data::ColumnSpec::new("time", mamba_ssm_data::Scale::Identity),
+        columns: (0..60)
+            .map(|c| {
+                mamba_ssm_data::ColumnSpec::new(format!("c{c}"), mamba_ssm_data::Scale::Identity)
+            })
+            .collect(),
+        step: 1,
+    };
+    let options = PrepareOptions::new(csv, dir.path().join("set"))
+        .with_read(ReadOptions::default().with_schema(schema))
+        .with_windows(small_windows());
+    let summary = prepare(&options).unwrap();
+    let data = Dataset::open(dir.path().join("set")).unwrap();
+    let rows: Vec<u64> = data
+        .manifest()
+        .unwrap()
+        .shards
+        .iter()
+        .map(|s| s.rows)
+        .collect();
+    assert_eq!((summary.shards, rows.len()), (2, 2));
+    // Whole row groups of 65,536 rows, as many as 64 MB hold.
+    assert_eq!(rows, [4 * 65_536, 400_000 - 4 * 65_536]);
+    assert_eq!(data.rows().unwrap().timestamps.len(), 400_000);
 }
