@@ -25,7 +25,10 @@ pub enum Answer {
     /// As asked, but with one byte changed.
     Altered,
     /// Go to the server on this port of loopback instead.
-    #[allow(dead_code, reason = "downloads alone are redirected, and not every build has them")]
+    #[allow(
+        dead_code,
+        reason = "downloads alone are redirected, and not every build has them"
+    )]
     Redirect(u16),
 }
 
