@@ -4,6 +4,38 @@
 //! and naming gradients all follow from that list. PyTorch keeps a projection as `[out, in]` and a
 //! depthwise convolution as `[channels, 1, width]`: the list says which parameter is which, and the
 //! layout is converted on the way.
+//!
+//! # A part of a published checkpoint
+//!
+//! A language model has more in its checkpoint than its layers: an embedding, a head. What is loaded is
+//! compared with the whole checkpoint by default ([`Checkpoint::load_state_dict`]), so that a wrong
+//! file is noticed; [`Checkpoint::load_part`] takes a module's own parameters and lists what it left.
+//!
+//! ```
+//! use burn::tensor::Device;
+//! use mamba_ssm_core::{Checkpoint, Mamba2Config, MambaStackConfig, NamedTensor, StateDict};
+//!
+//! let layer = Mamba2Config::new(32).with_headdim(16).with_d_state(16);
+//! let config = MambaStackConfig::new(layer.into(), 2).with_residual(true);
+//! let mut stack = config.init(&Device::default());
+//! # let mut dict = config.init(&Device::default()).state_dict("backbone.");
+//! # let embedding = NamedTensor { shape: vec![10, 32], values: vec![0.5; 320] };
+//! # dict.insert("backbone.embedding.weight", embedding.clone());
+//! # dict.insert("lm_head.weight", embedding);
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("model.safetensors");
+//! # dict.write(&path)?;
+//!
+//! let mut dict = StateDict::read(path)?; // backbone.layers.0.mixer.in_proj.weight, ...
+//! let left = stack.load_part("backbone.", &dict)?;
+//! assert_eq!(left, ["backbone.embedding.weight"]);
+//!
+//! // Or take the rest out, and have what remains compared name by name.
+//! let embedding = dict.remove("backbone.embedding.weight").expect("a language model");
+//! assert_eq!(embedding.shape[1], 32);
+//! stack.load_state_dict("backbone.", &dict)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod state_dict;
 
@@ -59,14 +91,39 @@ pub trait Checkpoint: Clone {
     /// # Errors
     ///
     /// When a parameter is missing, has another shape, or when `dict` has a name under `prefix` that
-    /// this module does not know. The module is then unchanged.
+    /// this module does not know ([`load_part`](Self::load_part) leaves such names alone). The module
+    /// is then unchanged.
     fn load_state_dict(&mut self, prefix: &str, dict: &StateDict) -> Result<(), CheckpointError> {
-        self.state_dict(prefix).check_against(prefix, dict)?;
+        let mut loaded = self.clone();
+        if let Some(name) = loaded.load_part(prefix, dict)?.into_iter().next() {
+            return Err(CheckpointError::Unexpected { name });
+        }
+        *self = loaded;
+        Ok(())
+    }
+
+    /// Takes the values of all parameters from a checkpoint that may hold more under `prefix`, such as
+    /// a language model's embedding beside its layers, and returns the names that it left, sorted.
+    ///
+    /// A stack takes its own layers, the first ones, from a deeper model.
+    ///
+    /// # Errors
+    ///
+    /// When a parameter is missing or has another shape. The module is then unchanged.
+    fn load_part(
+        &mut self,
+        prefix: &str,
+        dict: &StateDict,
+    ) -> Result<Vec<String>, CheckpointError> {
+        let own = self.state_dict(prefix);
+        own.check_against(dict)?;
         self.parameters(&mut Parameters {
             prefix: prefix.to_owned(),
             action: Action::Import(dict),
         });
-        Ok(())
+        let left = |name: &&str| name.starts_with(prefix) && own.get(name).is_none();
+        let names = dict.iter().map(|(name, _)| name);
+        Ok(names.filter(left).map(str::to_owned).collect())
     }
 }
 
@@ -172,3 +229,11 @@ fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
         .try_to_vec::<f32>()
         .expect("the data were just converted to f32")
 }
+
+/// Compiles the README's snippet.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+#[cfg(test)]
+mod tests;
