@@ -169,7 +169,7 @@ impl Comparison {
                 .filter_map(|name| model.best_naive(name).ok())
                 .collect();
             self.naive_line(
-                "best of each feature",
+                NaiveKind::describe(&model.average.naive),
                 model,
                 mean_metrics(best.into_iter()),
             )

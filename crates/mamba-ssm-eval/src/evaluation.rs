@@ -78,9 +78,13 @@ pub struct FeatureScores {
     /// That forecaster's RMSE.
     pub naive_rmse: f64,
     /// `1 - rmse / naive_rmse`: above zero when the model knows more than the best naive
-    /// forecaster. `None` (`null` in JSON) when the naive forecaster makes no error at all.
+    /// forecaster. `None` (`null` in JSON) when, and only when, `naive_rmse` is 0: nobody can do
+    /// better than a forecaster that makes no error at all.
     pub skill: Option<f64>,
 }
+
+/// The name of the naive forecaster behind averages: of each feature, its best.
+pub const BEST_OF_EACH: &str = "best_of_each";
 
 /// Arithmetic means of the features' scores in z-score space.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -88,9 +92,11 @@ pub struct AverageScores {
     /// Means of the model's error measures.
     #[serde(flatten)]
     pub metrics: Metrics,
+    /// Always [`BEST_OF_EACH`]: every feature has a best naive forecaster of its own.
+    pub naive: String,
     /// Mean RMSE of each feature's best naive forecaster.
     pub naive_rmse: f64,
-    /// Mean of the features' skills that are defined.
+    /// Mean of the features' skills that are defined. `None` (`null` in JSON) when none is.
     pub skill: Option<f64>,
 }
 
@@ -108,6 +114,9 @@ pub struct LevelScores {
 }
 
 /// The scores of one model on one set of rows: what `metrics.json` holds.
+///
+/// `test.<feature>` and `average` have the same eight keys: `mse`, `rmse`, `mae`, `mape`, `r2`, `naive`,
+/// `naive_rmse`, `skill`. All are numbers but `naive`, a name, and a `skill` that is not defined: `null`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Name of the model.
@@ -355,6 +364,7 @@ fn average(test: &IndexMap<String, FeatureScores>) -> AverageScores {
     let skills: Vec<f64> = test.values().filter_map(|scores| scores.skill).collect();
     AverageScores {
         metrics: mean_metrics(test.values().map(|scores| scores.metrics)),
+        naive: BEST_OF_EACH.to_owned(),
         naive_rmse: test.values().map(|scores| scores.naive_rmse).sum::<f64>() / test.len() as f64,
         skill: (!skills.is_empty()).then(|| skills.iter().sum::<f64>() / skills.len() as f64),
     }
@@ -465,7 +475,7 @@ impl Evaluation {
             text::number(self.average.metrics.rmse),
             text::number(self.average.naive_rmse),
             text::skill(self.average.skill),
-            String::new(),
+            NaiveKind::describe(&self.average.naive).to_owned(),
         ]);
         align(&rows)
     }

@@ -56,7 +56,8 @@ mod testing;
 pub use compare::{Comparison, ComparisonFiles};
 pub use error::{EvalError, Result};
 pub use evaluation::{
-    AverageScores, Counts, Evaluation, FeatureScores, Forecasts, LevelScores, evaluate,
+    AverageScores, BEST_OF_EACH, Counts, Evaluation, FeatureScores, Forecasts, LevelScores,
+    evaluate,
 };
 pub use metrics::{MAPE_FLOOR, Metrics, MetricsAccumulator, metrics};
 pub use naive::{NaiveForecaster, NaiveKind};

@@ -43,13 +43,15 @@ impl NaiveKind {
         }
     }
 
-    /// A few words for readers, given the [`name`](Self::name); unknown names come back as they are.
+    /// A few words for readers, given the [`name`](Self::name) or
+    /// [`BEST_OF_EACH`](crate::BEST_OF_EACH); unknown names come back as they are.
     pub fn describe(name: &str) -> &str {
         match name {
             "last_close" => "last close",
             "last_value" => "last value",
             "hour_mean" => "mean of the last hour",
             "day_before" => "same minute a day before",
+            crate::BEST_OF_EACH => "best of each feature",
             other => other,
         }
     }

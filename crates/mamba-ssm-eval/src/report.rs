@@ -136,13 +136,15 @@ fn skills(page: &mut String, evaluation: &Evaluation) -> std::fmt::Result {
     }
     let AverageScores {
         metrics,
+        naive,
         naive_rmse,
         skill,
     } = &evaluation.average;
     writeln!(
         page,
-        "| average | {} | | {} | {} |\n",
+        "| average | {} | {} | {} | {} |\n",
         text::number(metrics.rmse),
+        NaiveKind::describe(naive),
         text::number(*naive_rmse),
         text::skill(*skill)
     )

@@ -96,6 +96,32 @@ fn averages_are_means_over_features() {
     assert!((average.skill.unwrap() - mean(|s| s.skill.unwrap())).abs() < 1e-9);
 }
 
+/// Exactly the keys that readers rely on: a name and seven numbers.
+fn assert_has_the_eight_keys(scores: &serde_json::Value) {
+    let mut keys: Vec<&str> = scores
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(key, value)| {
+            assert_eq!(value.is_string(), key == "naive", "{key}: {value}");
+            assert_eq!(value.is_number(), key != "naive", "{key}: {value}");
+            key.as_str()
+        })
+        .collect();
+    keys.sort_unstable();
+    let expected = [
+        "mae",
+        "mape",
+        "mse",
+        "naive",
+        "naive_rmse",
+        "r2",
+        "rmse",
+        "skill",
+    ];
+    assert_eq!(keys, expected);
+}
+
 #[test]
 fn json_has_the_keys_readers_rely_on_and_comes_back() {
     let market = market(200);
@@ -106,19 +132,12 @@ fn json_has_the_keys_readers_rely_on_and_comes_back() {
     evaluation.write(&path).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&files::read(&path).unwrap()).unwrap();
     for feature in ["Open", "High", "Low", "Close", "Volume"] {
-        for key in ["mse", "rmse", "mae", "mape", "r2", "naive_rmse", "skill"] {
-            assert!(
-                json["test"][feature][key].is_number(),
-                "test.{feature}.{key}"
-            );
-        }
-        assert!(json["test"][feature]["naive"].is_string());
+        assert_has_the_eight_keys(&json["test"][feature]);
         assert!(json["levels"][feature]["rmse"].is_number());
         assert!(json["naives"]["last_value"][feature]["rmse"].is_number());
     }
-    for key in ["mse", "rmse", "mae", "mape", "r2", "naive_rmse", "skill"] {
-        assert!(json["average"][key].is_number(), "average.{key}");
-    }
+    assert_has_the_eight_keys(&json["average"]);
+    assert_eq!(json["average"]["naive"], "best_of_each");
     assert_eq!(json["test"].as_object().unwrap().len(), 5);
     let back = Evaluation::read(&path).unwrap();
     assert_eq!(
@@ -144,6 +163,7 @@ fn a_perfect_naive_forecaster_leaves_the_skill_open_not_nan() {
     .unwrap();
     assert_eq!(evaluation.test["Close"].skill, None);
     assert_eq!(evaluation.average.skill, None);
+    assert_eq!(evaluation.test["Close"].naive_rmse, 0.0);
     let json = serde_json::to_string(&evaluation).unwrap();
     assert!(json.contains(r#""skill":null"#), "{json}");
     assert!(evaluation.skill_table().contains("n/a"));
