@@ -116,3 +116,8 @@ pub use progress::{LiveLine, PlainLines, Reporter, Silent, StepReport, default_r
 pub use schedule::{PlateauConfig, PlateauState, ReduceOnPlateau};
 pub use stopping::{EarlyStopping, StoppingState};
 pub use trainer::{Fit, Outcome, StopFlag, Trainer};
+
+/// Compiles the README's snippet.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
