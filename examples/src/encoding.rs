@@ -9,6 +9,8 @@
 //! newest tenth of them, because markets change: in the first months of BTC/USDT a gap between close and open
 //! was nearly as large as a minute's move, later a fiftieth of it.
 
+use std::collections::HashMap;
+
 use mamba_ssm_data::{Dataset, FeatureStats, Scale, Transform};
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +23,8 @@ pub const MINUTE: i64 = 60;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
-    /// The next row's z-scores, from z-scores: the published note.
+    /// The next row's z-scores, from z-scores, as in the published note "Forecasting Bitcoin with Mamba State
+    /// Space Models".
     Level,
     /// The change from the last close (prices) and from the last value (others) in units of the training
     /// rows' own step sizes, from such changes, the range, and the clock.
@@ -250,6 +253,28 @@ impl Anchor {
     }
 }
 
+/// Asserts that most rows follow each other by a minute: steps, clock and the times of forecasts are made for
+/// that. Gaps are welcome.
+///
+/// # Errors
+///
+/// When another distance is the most common one; the message names `origin` and the distance.
+pub fn check_minutes(origin: &str, timestamps: &[i64]) -> Result<()> {
+    let mut counts: HashMap<i64, usize> = HashMap::new();
+    for pair in timestamps.windows(2) {
+        *counts.entry(pair[1] - pair[0]).or_default() += 1;
+    }
+    // The shorter distance on a tie: a gap is longer than a step.
+    let most = counts.into_iter().max_by_key(|(step, n)| (*n, -step));
+    match most {
+        Some((step, _)) if step != MINUTE => Err(Error::Step {
+            origin: origin.to_owned(),
+            step,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Sums over pairs of neighbouring rows, per feature.
 struct Moves {
     count: u64,
@@ -335,6 +360,30 @@ mod tests {
             ..WindowOptions::default()
         };
         Dataset::in_memory(series, &windows).unwrap()
+    }
+
+    #[test]
+    fn rows_must_be_a_minute_apart_but_for_gaps() {
+        let every = |step: i64| -> Vec<i64> { (0..50).map(|i| 1_600_000_000 + i * step).collect() };
+        for fine in [
+            every(60),
+            vec![0],
+            Vec::new(),
+            vec![0, 60, 600, 660, 720, 9000],
+            vec![0, 600, 660],
+        ] {
+            check_minutes("x", &fine).unwrap();
+        }
+        for step in [1, 59, 300, 3600] {
+            let message = check_minutes("candles.csv", &every(step))
+                .unwrap_err()
+                .to_string();
+            assert!(message.contains(&format!("{step} s apart")), "{message}");
+            assert!(
+                message.contains("candles.csv") && message.contains("1m"),
+                "{message}"
+            );
+        }
     }
 
     #[test]

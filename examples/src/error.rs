@@ -44,6 +44,23 @@ pub enum Error {
         /// The file that should be there.
         missing: String,
     },
+    /// Candles that are not a minute apart.
+    #[error(
+        "{origin}: rows are {step} s apart; the forecaster takes candles of one minute (60 s): fetch or \
+         export them with an interval of 1m"
+    )]
+    Step {
+        /// The file or the folder.
+        origin: String,
+        /// Seconds between most of its rows.
+        step: i64,
+    },
+    /// Stopped by Ctrl-C, with everything saved.
+    #[error("interrupted; {hint}")]
+    Interrupted {
+        /// How to go on.
+        hint: String,
+    },
     /// Arguments that do not go together.
     #[error("{0}")]
     Usage(String),

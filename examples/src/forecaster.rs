@@ -1,4 +1,6 @@
 //! The forecaster: input projection, a stack of layers, output projection.
+//!
+//! Its defaults and names are those of the published note "Forecasting Bitcoin with Mamba State Space Models".
 
 use burn::module::Module;
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -256,7 +258,7 @@ impl mamba_ssm_train::Forecaster for Forecaster {
 ///
 /// # Panics
 ///
-/// For a Transformer or a hybrid stack, of which the note gives no names.
+/// For a Transformer or a hybrid stack, of which the published note gives no names.
 impl Checkpoint for Forecaster {
     fn parameters(&mut self, visit: &mut Parameters<'_>) {
         visit.linear("input_projection", &mut self.input_projection);

@@ -168,3 +168,116 @@ fn norm(x: Tensor<3>, weight: &Param<Tensor<1>>) -> Tensor<3> {
     };
     gated_rms_norm(input, &GatedNormOptions::default())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Distribution;
+
+    /// Layers of width 12, attention looking back on `window` rows.
+    fn config(n_layer: usize, attention_every: usize, window: Option<usize>) -> HybridConfig {
+        HybridConfig {
+            mamba: Mamba2Config::new(12).with_d_state(5).with_headdim(6),
+            attention: AttentionConfig::new(12, 3).with_window(window),
+            n_layer,
+            attention_every,
+        }
+    }
+
+    fn draw(shape: [usize; 3]) -> Tensor<3> {
+        Tensor::random(shape, Distribution::Default, &Device::default())
+    }
+
+    fn largest(difference: Tensor<3>) -> f32 {
+        difference.abs().max().into_scalar()
+    }
+
+    /// One letter per layer.
+    fn kinds(config: &HybridConfig) -> String {
+        let stack = config.try_init(&Device::default()).unwrap();
+        let letter = |layer: &HybridLayer| match layer.mixer {
+            Mixer::Mamba(_) => 'm',
+            Mixer::Attention(_) => 'a',
+        };
+        stack.layers.iter().map(letter).collect()
+    }
+
+    #[test]
+    fn every_so_many_layers_one_is_attention() {
+        for (every, expected) in [(1, "aaaaa"), (2, "mamam"), (3, "mmamm"), (9, "mmmmm")] {
+            assert_eq!(kinds(&config(5, every, None)), expected);
+        }
+    }
+
+    #[test]
+    fn shapes_are_kept_for_any_batch_and_length() {
+        let stack = config(3, 2, Some(4)).try_init(&Device::default()).unwrap();
+        for shape in [[1, 1, 12], [2, 7, 12], [3, 33, 12]] {
+            let y = stack.forward(draw(shape));
+            assert_eq!(y.dims(), shape);
+            assert!(largest(y).is_finite());
+        }
+    }
+
+    #[test]
+    fn a_later_row_never_changes_an_earlier_answer() {
+        for window in [None, Some(4)] {
+            let stack = config(4, 2, window).try_init(&Device::default()).unwrap();
+            let x = draw([2, 21, 12]);
+            let whole = stack.forward(x.clone());
+            for cut in [1, 8, 20] {
+                let later = draw([2, 21 - cut, 12]) * 9.0;
+                let changed = Tensor::cat(vec![x.clone().narrow(1, 0, cut), later], 1);
+                let off = whole.clone() - stack.forward(changed);
+                let before = largest(off.clone().narrow(1, 0, cut));
+                assert!(before < 1e-6, "{window:?}, row {cut}: {before}");
+                assert!(largest(off.narrow(1, cut, 1)) > 1e-3, "{window:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn attention_forgets_what_lies_beyond_its_window_and_mamba_does_not() {
+        let reach = |every: usize| {
+            let stack = config(1, every, Some(4))
+                .try_init(&Device::default())
+                .unwrap();
+            let x = draw([1, 12, 12]);
+            let changed = Tensor::cat(vec![draw([1, 1, 12]), x.clone().narrow(1, 1, 11)], 1);
+            let off = stack.forward(x) - stack.forward(changed);
+            [3, 4].map(|row| largest(off.clone().narrow(1, row, 1)))
+        };
+        let [inside, beyond] = reach(1);
+        assert!(inside > 1e-6 && beyond == 0.0, "{inside} {beyond}");
+        let [inside, beyond] = reach(2);
+        assert!(inside > 0.0 && beyond > 0.0, "{inside} {beyond}");
+    }
+
+    #[test]
+    fn rows_one_by_one_answer_as_all_at_once() {
+        let device = Device::default();
+        let stack = config(4, 2, Some(5)).try_init(&device).unwrap();
+        let x = draw([2, 17, 12]);
+        let whole = stack.forward(x.clone());
+        let mut state = stack.empty_state(2, &device);
+        for t in 0..17 {
+            let (y, next) = stack.forward_from(x.clone().narrow(1, t, 1), state);
+            state = next;
+            let off = largest(y - whole.clone().narrow(1, t, 1));
+            assert!(off < 1e-4, "row {t}: {off}");
+        }
+    }
+
+    #[test]
+    fn stacks_that_cannot_work_name_the_setting() {
+        let refused = |config: HybridConfig| {
+            let error = config.try_init(&Device::default()).unwrap_err();
+            error.to_string()
+        };
+        assert!(refused(config(0, 2, None)).contains("model.n_layer is 0"));
+        assert!(refused(config(2, 0, None)).contains("model.attention_every is 0"));
+        let mut wrong = config(2, 2, None);
+        wrong.attention = AttentionConfig::new(12, 5);
+        assert!(refused(wrong).contains('5'));
+    }
+}

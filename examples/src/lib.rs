@@ -4,8 +4,10 @@
 //!
 //! The way of one number: [`encoding`] turns a window of z-scores into what a network sees and should
 //! answer, and its answers back into z-scores; [`batches`] feeds encoded windows to the trainer;
-//! [`forecaster`] is the network, [`hybrid`] one of its backbones; [`scoring`] forecasts every row of a split once and hands levels to the
-//! evaluation; [`run`] is the folder where one training run lives; [`preset`] the settings by name.
+//! [`forecaster`] is the network, [`hybrid`] one of its backbones; [`scoring`] forecasts every row of a split
+//! once and hands levels to the evaluation; [`run`] is the folder where one training run lives; [`preset`] the
+//! settings by name, among them those of the published note "Forecasting Bitcoin with Mamba State Space Models",
+//! whose job this is.
 
 pub mod batches;
 pub mod bitcoin;

@@ -1,4 +1,6 @@
 //! The settings of a run, by name, and a file's changes to them.
+//!
+//! "The published note" is "Forecasting Bitcoin with Mamba State Space Models".
 
 use std::path::Path;
 
@@ -29,7 +31,7 @@ pub struct RunConfig {
 /// Settings by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Preset {
-    /// The published note's: levels from levels, plain stack, Smooth L1 with beta 0.01.
+    /// As in the published note: levels from levels, plain stack, Smooth L1 with beta 0.01.
     Note,
     /// The same network with residual connections, asked for scaled changes.
     Anchored,
@@ -228,16 +230,82 @@ mod tests {
         }
     }
 
+    /// Every number here is the published note's.
     #[test]
     fn the_note_preset_is_the_published_one() {
         let config = Preset::Note.config(Kind::Mamba2);
-        assert_eq!((config.batch, config.train.accumulation), (32, 8));
-        assert_eq!((config.train.lr, config.train.weight_decay), (1e-4, 0.01));
-        assert_eq!((config.train.clip_norm, config.train.epochs), (0.5, 100));
-        assert_eq!(config.train.loss.beta, 0.01);
-        assert_eq!(config.train.early_stopping_patience, 10);
-        assert_eq!(config.train.max_val_batches, 100);
-        let text = config.to_toml();
-        assert_eq!(toml::from_str::<RunConfig>(&text).unwrap(), config);
+        let train = &config.train;
+        assert_eq!(config.target, Target::Level);
+        assert_eq!((config.batch, train.accumulation), (32, 8));
+        assert_eq!((train.lr, train.weight_decay), (1e-4, 0.01));
+        assert_eq!((train.betas, train.eps), ([0.9, 0.999], 1e-8));
+        assert_eq!((train.clip_norm, train.epochs), (0.5, 100));
+        assert_eq!((train.plateau.factor, train.plateau.patience), (0.5, 2));
+        assert_eq!(train.loss.beta, 0.01);
+        assert_eq!(train.loss.feature_weights, [1.0, 1.0, 1.0, 1.0, 0.25]);
+        assert_eq!(train.early_stopping_patience, 10);
+        assert_eq!((train.max_val_batches, config.windows_per_epoch), (100, 0));
+        let model = &config.model;
+        assert_eq!((model.d_model, model.n_layer, model.d_state), (64, 4, 64));
+        assert_eq!((model.d_conv, model.expand, model.headdim), (4, 4, 16));
+        assert_eq!((model.ngroups, model.residual), (1, false));
+        assert_eq!(
+            toml::from_str::<RunConfig>(&config.to_toml()).unwrap(),
+            config
+        );
+    }
+
+    #[test]
+    fn the_note_presets_transformer_is_the_published_one() {
+        let mamba = Preset::Note.config(Kind::Mamba2);
+        let config = Preset::Note.config(Kind::Transformer);
+        assert_eq!((config.train.lr, config.train.weight_decay), (5e-5, 1e-3));
+        let model = &config.model;
+        assert_eq!((model.d_model, model.n_layer, model.n_heads), (64, 4, 8));
+        assert_eq!((model.mlp_ratio, model.dropout, model.window), (4, 0.05, 0));
+        // The same data, loss and loop.
+        let TrainConfig {
+            lr, weight_decay, ..
+        } = mamba.train;
+        let loop_of_mamba = TrainConfig {
+            lr,
+            weight_decay,
+            ..config.train
+        };
+        assert_eq!(loop_of_mamba, mamba.train);
+    }
+
+    /// Results in the documentation were measured with these settings.
+    #[test]
+    fn the_other_presets_are_pinned() {
+        let note = Preset::Note.config(Kind::Mamba2);
+        let anchored = Preset::Anchored.config(Kind::Mamba2);
+        let mut expected = note.clone();
+        expected.target = Target::Anchored;
+        expected.model.residual = true;
+        expected.train.lr = 1e-3;
+        expected.train.epochs = 30;
+        expected.train.accumulation = 1;
+        expected.train.loss.beta = 8.0;
+        expected.train.loss.feature_weights = vec![0.25, 1.0, 1.0, 0.25, 1.0];
+        assert_eq!(anchored, expected);
+
+        expected.batch = 8;
+        expected.model.d_model = 32;
+        expected.model.n_layer = 2;
+        expected.model.d_state = 16;
+        expected.model.expand = 2;
+        expected.model.n_heads = 4;
+        expected.model.chunk_size = 32;
+        expected.train.lr = 3e-3;
+        expected.train.epochs = 6;
+        expected.train.plateau.patience = 1;
+        assert_eq!(Preset::Small.config(Kind::Mamba2), expected);
+
+        for preset in [Preset::Note, Preset::Anchored, Preset::Small] {
+            let hybrid = preset.config(Kind::Hybrid).model;
+            assert_eq!((hybrid.window, hybrid.attention_every), (256, 2));
+            assert_eq!(preset.config(Kind::Transformer).model.window, 0);
+        }
     }
 }

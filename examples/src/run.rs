@@ -13,7 +13,7 @@ use mamba_ssm_data::{Dataset, Transform, WindowOptions};
 use mamba_ssm_train::{CheckpointKind, EpochRecord, load_model, read_history};
 use serde::{Deserialize, Serialize};
 
-use crate::encoding::Encoder;
+use crate::encoding::{Encoder, check_minutes};
 use crate::error::{io, read_text};
 use crate::forecaster::Forecaster;
 use crate::preset::RunConfig;
@@ -26,7 +26,7 @@ const FACTS: &str = "run.json";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Facts {
-    /// The data set that was trained on.
+    /// The data set that was trained on: a whole path, or a URL.
     pub data: PathBuf,
     /// Its windows and protocol.
     pub windows: WindowOptions,
@@ -52,7 +52,8 @@ impl Run {
     ///
     /// # Errors
     ///
-    /// When the folder cannot be written, holds a run already, or the data cannot be read.
+    /// When the folder cannot be written, holds a run already, or the data cannot be read or are no
+    /// candles of one minute.
     pub fn create(
         folder: &Path,
         config: RunConfig,
@@ -65,12 +66,14 @@ impl Run {
                 folder.display()
             )));
         }
+        let place = resolved(data_path)?;
+        check_minutes(&data_path.to_string_lossy(), &data.rows()?.timestamps)?;
         let encoder = Encoder::fit(config.target, data)?;
         let run = Self {
             folder: folder.to_owned(),
             config,
             facts: Facts {
-                data: fs::canonicalize(data_path).map_err(io(data_path))?,
+                data: place,
                 windows: data.window_options().clone(),
                 transform: data.transform().clone(),
                 encoder,
@@ -159,6 +162,21 @@ impl Run {
     }
 }
 
+/// Where a data set is, in words that hold in any folder: a URL as it is, a path from the root.
+fn resolved(place: &Path) -> Result<PathBuf> {
+    match place.to_str().is_some_and(is_url) {
+        true => Ok(place.to_owned()),
+        false => fs::canonicalize(place).map_err(io(place)),
+    }
+}
+
+/// Whether a text begins with a scheme of at least two letters: one letter is a drive.
+fn is_url(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(scheme, _)| {
+        scheme.len() > 1 && scheme.bytes().all(|b| b.is_ascii_alphanumeric())
+    })
+}
+
 /// Writes beside and renames, so that a reader sees the old file or the new one.
 fn write_beside(path: &Path, text: &str) -> Result<()> {
     let beside = path.with_extension(format!("{}.tmp", std::process::id()));
@@ -169,4 +187,27 @@ fn write_beside(path: &Path, text: &str) -> Result<()> {
         })
         .and_then(|()| fs::rename(&beside, path))
         .map_err(io(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_stay_as_they_are_and_paths_become_whole() {
+        for url in [
+            "s3://bucket/btc",
+            "https://host:8080/a/../b",
+            "file:///data/btc",
+        ] {
+            assert_eq!(resolved(Path::new(url)).unwrap(), Path::new(url));
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let whole = fs::canonicalize(folder.path()).unwrap();
+        fs::create_dir(whole.join("a")).unwrap();
+        assert_eq!(resolved(&folder.path().join("a/..")).unwrap(), whole);
+        let missing = folder.path().join("none");
+        let message = resolved(&missing).unwrap_err().to_string();
+        assert!(message.contains("none"), "{message}");
+    }
 }

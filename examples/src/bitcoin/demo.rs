@@ -5,7 +5,7 @@ use mamba_ssm_data::{Dataset, PrepareOptions, WindowOptions};
 
 use super::evaluate::{evaluate_run, print_files};
 use super::prepare::{prepare_shown, print_summary};
-use super::train::{fit, stop_on_interrupt};
+use super::train::{conclude, fit, stop_on_interrupt};
 use crate::Result;
 use crate::error::io;
 use crate::forecaster::Kind;
@@ -44,7 +44,8 @@ pub(super) fn run(minutes: f64) -> Result<()> {
     config.train.max_minutes = Some(minutes);
     let run = Run::create(&fresh_folder(runs), config, &shards, &data)?;
     println!("training {} in {}", run.name(), run.folder.display());
-    fit(&run, &data, ("default", false), stop_on_interrupt())?;
+    let fit = fit(&run, &data, ("default", false), stop_on_interrupt())?;
+    conclude(&run.folder, &shards, &fit)?;
 
     let protocol = "generated market, chronological 80/10/10, embargo of 256 rows";
     let files = evaluate_run(&run, &data, protocol, (&run.folder, "default"))?;

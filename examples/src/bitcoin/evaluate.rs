@@ -7,9 +7,13 @@ use mamba_ssm_eval::{EpochRecord, ReportFiles, ReportOptions, evaluate, write_re
 
 use super::progress::Progress;
 use crate::device::device;
+use crate::encoding::check_minutes;
 use crate::run::Run;
 use crate::scoring::score;
 use crate::{Error, Result};
+
+/// The source of the protocol `note`.
+const NOTE: &str = "the published note \"Forecasting Bitcoin with Mamba State Space Models\"";
 
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Args {
@@ -61,6 +65,7 @@ fn unseen(run: &Run, csv: &Path, args: &Args) -> Result<(Dataset, String)> {
         ..run.facts.windows.clone()
     };
     let series = read_series(csv, &read)?;
+    check_minutes(&series.origin, &series.timestamps)?;
     let transform = run.facts.transform.clone();
     let data = Dataset::with_transform(series, transform, &windows, Split::Test)?;
     Ok((data, format!("unseen rows of {}", csv.display())))
@@ -83,7 +88,7 @@ fn test_split(run: &Run, data: Option<&Path>) -> Result<(Dataset, String)> {
             windows.length
         ),
         Protocol::Note => {
-            format!("the note's: overlapping windows at random {train}/{validation}/{test}")
+            format!("{NOTE}: overlapping windows at random {train}/{validation}/{test}")
         }
     };
     Ok((data, protocol))

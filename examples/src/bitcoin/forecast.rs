@@ -7,7 +7,7 @@ use mamba_ssm_data::{
 };
 
 use crate::device::device;
-use crate::encoding::{Encoder, MINUTE};
+use crate::encoding::{Encoder, MINUTE, check_minutes};
 use crate::forecaster::{Forecaster, ForecasterState};
 use crate::run::Run;
 use crate::{Error, Result};
@@ -32,6 +32,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let run = Run::open(&args.run)?;
     let device = device(&args.device)?;
     let series = read_series(&args.csv, &ReadOptions::default())?;
+    check_minutes(&series.origin, &series.timestamps)?;
     let windows = WindowOptions {
         stride: 1,
         ..run.facts.windows.clone()

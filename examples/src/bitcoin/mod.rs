@@ -19,7 +19,7 @@ use crate::Result;
 /// Minute candles to a trained, evaluated forecaster.
 ///
 /// Without a command: generates a market, prepares it, trains a small model, evaluates it, and writes
-/// everything below ./runs/. Takes about three minutes on two processor cores.
+/// everything below ./runs/. Takes at most three minutes on two processor cores.
 #[derive(Debug, Parser)]
 #[command(name = "bitcoin", version)]
 struct Cli {
@@ -46,8 +46,11 @@ enum Command {
     Forecast(forecast::Args),
 }
 
+/// What a shell reports of a program that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+
 /// Parses the arguments (the program's name first), runs the command, and prints an error, if any, on one
-/// line of standard error. Exit codes: 0 done, 1 failed, 2 wrong arguments.
+/// line of standard error. Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted and saved.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
@@ -59,6 +62,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     match execute(cli) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(interrupted @ crate::Error::Interrupted { .. }) => {
+            eprintln!("{interrupted}");
+            ExitCode::from(INTERRUPTED)
+        }
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE

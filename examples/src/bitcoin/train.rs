@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 use mamba_ssm_data::Dataset;
 use mamba_ssm_train::{Fit, Outcome, Precision, StopFlag, Trainer, default_reporter};
 
+use super::INTERRUPTED;
 use crate::batches::Windows;
 use crate::device::device;
 use crate::forecaster::{Forecaster, Kind};
@@ -12,7 +13,7 @@ use crate::{Error, Result};
 
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Args {
-    /// Prepared shards.
+    /// Prepared shards: a folder, or a URL such as s3://bucket/set in a build with the feature `remote`.
     #[arg(long)]
     data: PathBuf,
     /// The run's folder, made new.
@@ -21,7 +22,7 @@ pub(super) struct Args {
     /// The network.
     #[arg(long, value_enum, default_value_t = ModelName::Mamba2)]
     model: ModelName,
-    /// Settings by name.
+    /// Settings by name; `note` is the published note "Forecasting Bitcoin with Mamba State Space Models".
     #[arg(long, value_enum, default_value_t = Preset::Note)]
     preset: Preset,
     /// A TOML file with the settings that differ from the preset's.
@@ -37,8 +38,9 @@ pub(super) struct Args {
     /// Where to compute: cpu, cuda:0, rocm:0, vulkan, metal, wgpu (as far as built in).
     #[arg(long, default_value = "default")]
     device: String,
-    /// Continue the run in the folder where it stopped; its own settings apply.
-    #[arg(long)]
+    /// Continue the run in the folder where it stopped, with its own settings: of those, only --epochs
+    /// can be given anew.
+    #[arg(long, conflicts_with_all = ["model", "preset", "config", "precision"])]
     resume: bool,
 }
 
@@ -69,8 +71,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let stop = stop_on_interrupt();
     let fit = fit(&run, &data, (&args.device, args.resume), stop)?;
-    conclude(&run.folder, &fit);
-    Ok(())
+    conclude(&run.folder, &args.data, &fit)
 }
 
 /// The preset, the file's changes, the flags' changes.
@@ -144,7 +145,7 @@ pub(super) fn stop_on_interrupt() -> StopFlag {
     let asked = flag.clone();
     let handler = move || {
         if asked.is_requested() {
-            std::process::exit(130);
+            std::process::exit(INTERRUPTED.into());
         }
         eprintln!("\nstopping after this step; again to stop at once");
         asked.request();
@@ -154,16 +155,30 @@ pub(super) fn stop_on_interrupt() -> StopFlag {
     flag
 }
 
-fn conclude(folder: &Path, fit: &Fit<Forecaster>) {
+/// Prints what came out.
+///
+/// # Errors
+///
+/// [`Error::Interrupted`] if Ctrl-C ended the training: it is saved, but not what was asked for.
+pub(super) fn conclude(folder: &Path, data: &Path, fit: &Fit<Forecaster>) -> Result<()> {
     if let Some(best) = &fit.state.best {
         println!(
             "best validation loss {:.6} in epoch {}",
             best.val_loss, best.epoch
         );
     }
-    let hint = match fit.outcome {
-        Outcome::Finished | Outcome::EarlyStopped => "evaluate --run",
-        _ => "continue with --resume, or evaluate --run",
-    };
-    println!("{}; {hint} {}", fit.outcome, folder.display());
+    let folder = folder.display();
+    let resume = format!("train --data {} --out {folder} --resume", data.display());
+    match fit.outcome {
+        Outcome::Interrupted => {
+            return Err(Error::Interrupted {
+                hint: format!("the run is saved, `{resume}` continues it"),
+            });
+        }
+        Outcome::Finished | Outcome::EarlyStopped => {
+            println!("{}; evaluate --run {folder}", fit.outcome);
+        }
+        _ => println!("{}: {resume}, or evaluate --run {folder}", fit.outcome),
+    }
+    Ok(())
 }
