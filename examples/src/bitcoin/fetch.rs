@@ -106,8 +106,54 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 #[cfg(test)]
+#[expect(
+    dead_code,
+    reason = "the server fails in more ways than are of use here"
+)]
+#[path = "../../../crates/mamba-ssm-data/tests/main/server.rs"]
+mod server;
+
+#[cfg(test)]
 mod tests {
+    use super::server::{Answer, Server};
     use crate::bitcoin::run;
+
+    /// SHA-256 of the word `candles`.
+    const CHECKSUM: &str = "afc6d50c5e5bfa4e6907372311655461084074f2414b3d0aa08bad7f54bf8f46";
+
+    #[test]
+    fn a_month_comes_whole_and_checked() {
+        let (site, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let months = site.path().join("data/spot/monthly/klines/ETHUSDT/1h");
+        std::fs::create_dir_all(&months).unwrap();
+        let name = "ETHUSDT-1h-2024-11.zip";
+        std::fs::write(months.join(name), "candles").unwrap();
+        let sums = months.join(format!("{name}.CHECKSUM"));
+        std::fs::write(&sums, format!("{CHECKSUM}  {name}\n")).unwrap();
+        let server = Server::start(site.path(), |request, before| {
+            match (request.path.ends_with(".zip"), before) {
+                (true, 0) => Answer::Cut(3),
+                _ => Answer::Whole,
+            }
+        });
+        let line = format!(
+            "bitcoin fetch binance --symbol ETHUSDT --interval 1h --from 2024-11 --to 2024-11 --host {} --out {}",
+            server.url,
+            out.path().display()
+        );
+        run(line.split_whitespace()).unwrap();
+        assert_eq!(std::fs::read(out.path().join(name)).unwrap(), b"candles");
+        let ranges = server.requests();
+        let ranges = ranges.iter().filter(|r| r.path.ends_with(".zip"));
+        assert!(ranges.map(|r| r.from).eq([None, Some(3)]));
+
+        std::fs::write(&sums, format!("{}  {name}\n", CHECKSUM.replace('a', "b"))).unwrap();
+        let message = run(line.split_whitespace()).unwrap_err().to_string();
+        assert!(
+            message.contains(name) && message.contains("SHA-256"),
+            "{message}"
+        );
+    }
 
     #[test]
     fn a_host_that_does_not_answer_is_named() {
