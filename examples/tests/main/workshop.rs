@@ -1,4 +1,4 @@
-//! A folder with a small generated market, and the commands run on it as a user runs them: as a program.
+//! A folder with a small generated market, and the commands run on it.
 
 use std::ffi::OsString;
 use std::fs;
