@@ -4,6 +4,8 @@
 //! `--features cuda` (or another device) the full sizes run, in bf16 where the
 //! device has it.
 
+use std::hint::black_box;
+
 use benches::{ACCELERATOR, both, config, draw, dtype, finish, leaf};
 use burn::module::Module;
 use burn::tensor::{DType, Device, Distribution, Tensor};
@@ -228,9 +230,42 @@ fn step_group(c: &mut Criterion) {
     group.finish();
 }
 
+/// One token after the other through the note's whole model, on one core.
+#[cfg(feature = "flex")]
+fn decode_group(c: &mut Criterion) {
+    let device = Device::default();
+    let (_, layer, _) = layers().pop().expect("the note's layer is the last");
+    let stack = MambaStackConfig::new(layer.into(), 4).init(&device);
+    let [first, last] =
+        [(5, 64), (64, 5)].map(|(from, to)| LinearConfig::new(from, to).init(&device).decoder());
+    let mut decoder = stack.decoder();
+    let (mut token, mut wide, mut answer) = (0u32, [0.0; 64], [0.0; 5]);
+    let mut step = || {
+        token += 1;
+        let row = [1.0, 2.0, 3.0, 4.0, 5.0].map(|phase: f32| (phase * token as f32).sin());
+        first.step(&row, &mut wide);
+        last.step(decoder.step(&wide), &mut answer);
+        answer
+    };
+    let mut group = c.benchmark_group("decode");
+    for before in [1_000, 1_000_000] {
+        for _ in 0..before {
+            black_box(step());
+        }
+        let name = format!("note, 4 layers, one token after {before}");
+        group.bench_function(name, |bench| bench.iter(&mut step));
+    }
+    group.finish();
+}
+
+/// Decoders are for the CPU, whose features this was built without.
+#[cfg(not(feature = "flex"))]
+fn decode_group(_: &mut Criterion) {}
+
 criterion_group! {
     name = benches;
     config = config();
-    targets = ssd_group, scan_group, conv_group, norm_group, projection_group, layer_group, step_group
+    targets = ssd_group, scan_group, conv_group, norm_group, projection_group, layer_group, step_group,
+        decode_group
 }
 criterion_main!(benches);

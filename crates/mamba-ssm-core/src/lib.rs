@@ -36,6 +36,7 @@
 //!   [`gated_rms_norm()`](ops::gated_rms_norm::gated_rms_norm).
 //! - [`layers`]: [`Mamba1`] and [`Mamba2`], with `forward`, `forward_from` and `step`.
 //! - [`stack`]: a stack of layers, plain or pre-norm residual.
+//! - [`decode`](crate::decode): one token at a time on the CPU, without allocating (feature `flex`).
 //! - [`checkpoint`]: the official parameter names, safetensors in and out.
 //!
 //! # Features
@@ -43,12 +44,16 @@
 //! `flex` (default, pure Rust CPU), `cuda`, `rocm`, `metal`, `vulkan`, `wgpu` and `cpu` forward to Burn's.
 
 pub mod checkpoint;
+#[cfg(feature = "flex")]
+pub mod decode;
 mod error;
 pub mod layers;
 pub mod ops;
 pub mod stack;
 
 pub use checkpoint::{Checkpoint, CheckpointError, NamedTensor, StateDict};
+#[cfg(feature = "flex")]
+pub use decode::Decoder;
 pub use error::ConfigError;
 pub use layers::{Mamba1, Mamba1Config, Mamba1State, Mamba2, Mamba2Config, Mamba2State};
 pub use ops::causal_conv1d::{ConvInput, ConvOutput, causal_conv1d};

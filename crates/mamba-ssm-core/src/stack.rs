@@ -169,6 +169,11 @@ pub struct MambaStack {
 }
 
 impl MambaStack {
+    /// Added to the mean square in the norms.
+    pub fn norm_eps(&self) -> f64 {
+        self.norm_eps
+    }
+
     /// The state before the first token: zeros.
     pub fn empty_state(&self, batch: usize, device: &Device) -> StackState {
         self.layers

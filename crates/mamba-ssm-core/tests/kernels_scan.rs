@@ -249,17 +249,18 @@ fn scans_of_any_state() {
 #[cfg(feature = "cuda")]
 #[test]
 fn scans_of_many_sizes() {
-    for state in [2, 4, 8, 16, 32, 64, 128, 129, 256] {
-        for (dim, length) in [(1, 50), (33, 17), (72, 80)] {
-            let shape = Shape {
-                batch: 2,
-                dim,
-                length,
-                groups: 1,
-                state,
-            };
-            check_everywhere(shape, &[false, true]);
-        }
+    // A kernel per size and layout: each costs seconds to compile.
+    let sizes = [(1, 50), (33, 17), (72, 80)];
+    for (n, state) in [2, 8, 16, 32, 128, 129, 256].into_iter().enumerate() {
+        let (dim, length) = sizes[n % sizes.len()];
+        let shape = Shape {
+            batch: 2,
+            dim,
+            length,
+            groups: 1,
+            state,
+        };
+        check_everywhere(shape, &[n % 2 == 0]);
     }
     let large = Shape {
         batch: 3,

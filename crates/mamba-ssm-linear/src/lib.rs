@@ -20,12 +20,20 @@
 //!
 //! `flex` (default, pure Rust CPU), `cuda`, `rocm`, `metal`, `vulkan`, `wgpu` and `cpu` forward to Burn's.
 
+#[cfg(feature = "flex")]
+mod decoder;
 mod linear;
 /// For the crates that build their operators on this one; no part of the interface.
 #[cfg(feature = "flex")]
 #[doc(hidden)]
 pub mod memory;
 pub mod ops;
+/// As [`memory`].
+#[cfg(feature = "flex")]
+#[doc(hidden)]
+pub mod simd;
 
+#[cfg(feature = "flex")]
+pub use decoder::LinearDecoder;
 pub use linear::{Linear, LinearConfig};
 pub use ops::project::project;

@@ -12,7 +12,7 @@ use crate::ops::mamba2_inner::{self, InnerInput, InnerSpec, mamba2_inner};
 use crate::ops::ssd::{SkipWeight, SsdInput, SsdOptions, ssd};
 
 /// Of the gated norm, as in the official layer.
-const NORM_EPS: f64 = 1e-5;
+pub(crate) const NORM_EPS: f64 = 1e-5;
 
 /// Configuration of a [`Mamba2`] layer; names and defaults are those of `mamba_ssm.Mamba2`.
 ///
@@ -249,7 +249,7 @@ impl Mamba2 {
         mamba2_inner(input, spec)
     }
 
-    fn dt_limit(&self) -> (f64, f64) {
+    pub(crate) fn dt_limit(&self) -> (f64, f64) {
         self.config.dt_limit.unwrap_or((0.0, f64::INFINITY))
     }
 

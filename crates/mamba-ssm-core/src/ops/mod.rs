@@ -12,6 +12,6 @@ pub mod ssd;
 mod cube;
 mod device;
 #[cfg(feature = "flex")]
-mod native;
+pub(crate) mod native;
 mod optional;
 mod precision;

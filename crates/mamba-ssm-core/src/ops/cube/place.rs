@@ -31,6 +31,26 @@ impl Rows {
         }
     }
 
+    /// The same, where the tensor lies if its rows are evenly spaced: devices pad rows of some widths.
+    pub(crate) fn spaced(tensor: CubeTensor) -> Self {
+        let (shape, strides) = (&tensor.meta.shape, tensor.meta.strides());
+        let even = shape.rank() == 3
+            && !tensor.meta.is_tiled()
+            && strides[2] == 1
+            && strides[1] >= shape[2]
+            && strides[0] == shape[1] * strides[1]
+            && tensor.handle.offset_start.unwrap_or(0) % 16 == 0;
+        if !even {
+            return Self::whole(tensor);
+        }
+        let row = strides[1];
+        Self {
+            tensor,
+            offset: 0,
+            row,
+        }
+    }
+
     /// The columns from `offset` on of the same rows.
     pub(crate) fn from(&self, offset: usize) -> Self {
         Self {

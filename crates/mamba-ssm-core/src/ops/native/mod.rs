@@ -6,27 +6,11 @@ pub(crate) mod rows;
 mod scratch;
 
 pub(crate) use mamba_ssm_linear::memory::zeros;
+/// Widths of scratch rows are multiples of `LANES`, so that products need no edge cases in columns.
+pub(crate) use mamba_ssm_linear::simd::{LANES, vectorized};
 pub(crate) use scratch::with_scratch;
-
-/// Widths of scratch rows are multiples of this, so that products need no edge cases in columns.
-pub(crate) const LANES: usize = 16;
 
 /// `n` rounded up to whole lanes.
 pub(crate) fn padded(n: usize) -> usize {
     n.next_multiple_of(LANES)
-}
-
-/// Runs `work` compiled for the best instruction set the machine has. What it calls must be
-/// `#[inline(always)]` to profit.
-pub(crate) fn vectorized<F: FnOnce() -> R, R>(work: F) -> R {
-    struct Work<F>(F);
-    impl<F: FnOnce() -> R, R> pulp::NullaryFnOnce for Work<F> {
-        type Output = R;
-
-        #[inline(always)]
-        fn call(self) -> R {
-            (self.0)()
-        }
-    }
-    pulp::Arch::new().dispatch(Work(work))
 }

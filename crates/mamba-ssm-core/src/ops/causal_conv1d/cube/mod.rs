@@ -16,7 +16,7 @@ use crate::ops::cube::place::Rows;
 fn conv(operands: Operands<CubeBackend>, activation: bool) -> Conv {
     let [batch, length, channels] = operands.x.meta.shape.dims();
     Conv {
-        x: Rows::whole(operands.x),
+        x: Rows::spaced(operands.x),
         batch,
         length,
         channels,
@@ -52,7 +52,7 @@ impl ConvBackend for CubeBackend {
     ) -> Gradients<Self> {
         let conv = conv(operands, activation);
         let dx = rows(&conv);
-        let found = conv.backward(&Rows::whole(dy), &dx);
+        let found = conv.backward(&Rows::spaced(dy), &dx);
         Gradients {
             x: dx.tensor,
             weight: found.weight,

@@ -194,7 +194,7 @@ pub(super) fn gradients_matrix<E: Float, S: Float, O: Float, VX: Size, VN: Size>
         put_next::<E, S, VX, VN>(&next, &mut tiles, plan);
         sync_cube();
         inner_of_states::<E, VN>(&mut tiles, plan);
-        #[unroll]
+        // Not unrolled: the code of all heads would not fit the instruction cache.
         for inner in 0..comptime!(plan.heads) {
             let mut out = through_state::<E>(&mut tiles, &own, inner, plan);
             through_pairs::<E>(
@@ -279,11 +279,11 @@ fn similarities<E: Float>(
 fn own_decays<E: Float>(
     tiles: &Tiles<E>,
     own: &Share,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] plan: Plan,
 ) -> Array<f32> {
-    let base = comptime!(head * plan.chunk);
-    let end = tiles.sum[comptime!(head * plan.chunk + plan.chunk - 1)];
+    let base = head * comptime!(plan.chunk);
+    let end = tiles.sum[head * comptime!(plan.chunk) + comptime!(plan.chunk - 1)];
     let mut decays = Array::<f32>::new(2usize);
     #[unroll]
     for n in 0..2usize {
@@ -298,7 +298,7 @@ fn own_decays<E: Float>(
 fn through_state<E: Float>(
     tiles: &mut Tiles<E>,
     own: &Share,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] plan: Plan,
 ) -> Array<Pair<f32>> {
     let padded = comptime!(plan.headdim_padded());
@@ -311,7 +311,7 @@ fn through_state<E: Float>(
         let rows = left::<E>(&tiles.onto, first, k, stride);
         #[unroll]
         for block in 0..comptime!(padded / SIDE) {
-            let channel = comptime!(head * padded + block * SIDE);
+            let channel = head * padded + comptime!(block * SIDE);
             let column = own.half * comptime!(plan.channels()) + channel;
             let columns = right_transposed::<E>(&tiles.states, k, column, stride);
             multiply::<E>(&rows, &columns, &mut out, comptime!(2 * block));
@@ -325,7 +325,7 @@ fn through_state<E: Float>(
         let mut inner = Pair::<f32>::new(0.0f32);
         #[unroll]
         for block in 0..comptime!(padded / NARROW) {
-            let column = comptime!(head * padded + block * NARROW) + own_column();
+            let column = head * padded + comptime!(block * NARROW) + own_column();
             let value = tokens[(row * comptime!(plan.stride_x()) + column) / 2];
             let decayed = out[comptime!(2 * block + n)] * Pair::new(decays[n]);
             out[comptime!(2 * block + n)] = decayed;
@@ -344,12 +344,12 @@ fn through_state<E: Float>(
 #[cube]
 fn term_place(
     own: &Share,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] second: usize,
     #[comptime] plan: Plan,
 ) -> usize {
     let token = own.token + own_row() + comptime!(second * 8);
-    own.half * comptime!(plan.chunk * plan.heads) + comptime!(head * plan.chunk) + token
+    own.half * comptime!(plan.chunk * plan.heads) + head * comptime!(plan.chunk) + token
 }
 
 /// The sum over the four units that share a row.
@@ -368,7 +368,7 @@ fn through_pairs<E: Float>(
     tiles: &mut Tiles<E>,
     out: &mut Array<Pair<f32>>,
     own: &Share,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] plan: Plan,
 ) {
     let padded = comptime!(plan.headdim_padded());
@@ -384,7 +384,7 @@ fn through_pairs<E: Float>(
             let mut products = zero_sums(2usize);
             #[unroll]
             for step in 0..comptime!(padded / SIDE) {
-                let k = comptime!(head * padded + step * SIDE);
+                let k = head * padded + comptime!(step * SIDE);
                 let rows = left::<E>(&tiles.tokens, first, k, stride);
                 let columns = right_transposed::<E>(&tiles.tokens, k, row, stride);
                 multiply::<E>(&rows, &columns, &mut products, 0usize);
@@ -395,7 +395,7 @@ fn through_pairs<E: Float>(
             if own.earlier {
                 #[unroll]
                 for n in 0..comptime!(padded / SIDE) {
-                    let column = comptime!(head * padded + n * SIDE);
+                    let column = head * padded + comptime!(n * SIDE);
                     let columns = right::<E>(&tiles.tokens, row, column, stride);
                     multiply::<E>(&back, &columns, out, comptime!(2 * n));
                 }
@@ -422,11 +422,11 @@ fn pair_terms<E: Float>(
     tiles: &mut Tiles<E>,
     sums: &mut Array<f32>,
     own: &Share,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] block: usize,
     #[comptime] plan: Plan,
 ) -> Array<Pair<E>> {
-    let base = comptime!(head * plan.chunk);
+    let base = head * comptime!(plan.chunk);
     let mut back = Array::<Pair<E>>::new(4usize);
     #[unroll]
     for n in 0..4usize {
@@ -474,7 +474,7 @@ fn store_dx<E: Float>(
     dd: &mut [f32],
     own: &Share,
     first_head: usize,
-    #[comptime] head: usize,
+    head: usize,
     call: &Call,
     #[comptime] plan: Plan,
 ) {
@@ -488,14 +488,14 @@ fn store_dx<E: Float>(
     #[unroll]
     for n in 0..comptime!(plan.headdim_padded() / NARROW) {
         let inside = comptime!(n * NARROW) + own_column();
-        let column = comptime!(head * plan.headdim_padded()) + inside;
+        let column = head * comptime!(plan.headdim_padded()) + inside;
         let channel = (first_head + head) * comptime!(plan.headdim) + inside;
         let exists = inside < comptime!(plan.headdim);
         let mut skipped = Pair::<f32>::new(0.0f32);
         #[unroll]
         for half in 0..2usize {
             let row = own.token + own_row() + comptime!(half * 8);
-            let step = tiles.step[comptime!(head * plan.chunk) + row];
+            let step = tiles.step[head * comptime!(plan.chunk) + row];
             let mut value = out[comptime!(2 * n + half)] * Pair::new(step);
             if comptime!(plan.skip) {
                 let dy = tokens[(row * comptime!(plan.stride_x()) + column) / 2];
@@ -539,7 +539,7 @@ fn onto_state<E: Float>(
     tiles: &Tiles<E>,
     gradient: &mut Array<Pair<f32>>,
     own: &Share,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] plan: Plan,
 ) {
     let padded = comptime!(plan.headdim_padded());
@@ -549,12 +549,12 @@ fn onto_state<E: Float>(
     #[unroll]
     for n in 0..2usize {
         let token = own.token + own_row() + comptime!(n * 8);
-        let step = tiles.step[comptime!(head * plan.chunk) + token];
+        let step = tiles.step[head * comptime!(plan.chunk) + token];
         weights[n] = select(own.earlier, decays[n] * step, decays[n]);
     }
     #[unroll]
     for step in 0..comptime!(padded / SIDE) {
-        let k = comptime!(head * padded + step * SIDE);
+        let k = head * padded + comptime!(step * SIDE);
         let values = left::<E>(&tiles.tokens, first, k, comptime!(plan.stride_x()));
         let mut weighted = Array::<Pair<E>>::new(4usize);
         #[unroll]

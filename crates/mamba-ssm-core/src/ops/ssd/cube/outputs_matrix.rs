@@ -136,7 +136,7 @@ pub(super) fn outputs_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             fetch_steps(steps, next, &own, &mut next_step, call, plan);
             fetch_steps(sums, next, &own, &mut next_sum, call, plan);
         }
-        #[unroll]
+        // Not unrolled: the code of all heads would not fit the instruction cache.
         for inner in 0..comptime!(plan.heads) {
             let mut out = zero_sums(comptime!(plan.headdim_padded() / NARROW));
             carried::<E>(&c_tile, &h_tile, &sum, &mut out, inner, plan);
@@ -184,7 +184,7 @@ fn carried<E: Float>(
     h_tile: &Shared<[E]>,
     sum: &Shared<[f32]>,
     out: &mut Array<Pair<f32>>,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] plan: Plan,
 ) {
     let padded = comptime!(plan.headdim_padded());
@@ -195,12 +195,12 @@ fn carried<E: Float>(
         let rows = left::<E>(c_tile, first_token(), k, stride);
         #[unroll]
         for block in 0..comptime!(padded / SIDE) {
-            let column = comptime!(head * padded + block * SIDE);
+            let column = head * padded + comptime!(block * SIDE);
             let columns = right_transposed::<E>(h_tile, k, column, stride);
             multiply::<E>(&rows, &columns, out, comptime!(2 * block));
         }
     }
-    let token = comptime!(head * plan.chunk) + first_token() + own_row();
+    let token = head * comptime!(plan.chunk) + first_token() + own_row();
     #[unroll]
     for half in 0..2usize {
         let decay = Pair::<f32>::new(sum[token + comptime!(half * 8)].exp());
@@ -219,7 +219,7 @@ fn mixed<E: Float>(
     step: &Shared<[f32]>,
     sum: &Shared<[f32]>,
     out: &mut Array<Pair<f32>>,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] plan: Plan,
 ) {
     let padded = comptime!(plan.headdim_padded());
@@ -230,7 +230,7 @@ fn mixed<E: Float>(
             let rows = decayed::<E>(scores, step, sum, head, block, plan);
             #[unroll]
             for n in 0..comptime!(padded / SIDE) {
-                let column = comptime!(head * padded + n * SIDE);
+                let column = head * padded + comptime!(n * SIDE);
                 let columns = right::<E>(x_tile, token, column, comptime!(plan.stride_x()));
                 multiply::<E>(&rows, &columns, out, comptime!(2 * n));
             }
@@ -244,11 +244,11 @@ fn decayed<E: Float>(
     scores: &Array<Pair<f32>>,
     step: &Shared<[f32]>,
     sum: &Shared<[f32]>,
-    #[comptime] head: usize,
+    head: usize,
     #[comptime] block: usize,
     #[comptime] plan: Plan,
 ) -> Array<Pair<E>> {
-    let base = comptime!(head * plan.chunk);
+    let base = head * comptime!(plan.chunk);
     let steps = step.as_vectorized().with_vector_size::<Const<2>>();
     let sums = sum.as_vectorized().with_vector_size::<Const<2>>();
     let first = first_token() + own_row();
@@ -282,7 +282,7 @@ fn store<E: Float>(
     y: &mut [E],
     own: &Share,
     first_head: usize,
-    #[comptime] head: usize,
+    head: usize,
     call: &Call,
     #[comptime] plan: Plan,
 ) {
@@ -302,7 +302,7 @@ fn store<E: Float>(
                     let mut value = out[comptime!(2 * n + half)];
                     if comptime!(plan.skip) {
                         let place = row * comptime!(plan.stride_x())
-                            + comptime!(head * plan.headdim_padded())
+                            + head * comptime!(plan.headdim_padded())
                             + inside;
                         value += Pair::<f32>::cast_from(x_tile[place / 2]) * d[channel / 2];
                     }

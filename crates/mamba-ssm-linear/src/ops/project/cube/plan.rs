@@ -15,6 +15,15 @@ const UNITS: usize = 256;
 /// Planes of a cube on matrix units.
 const PLANES: usize = 8;
 
+/// Planes of a cube in the direction of tokens, where there are many tokens.
+const MOST_PLANES_M: usize = 8;
+
+/// Up to so many tokens, smaller cubes: there would be too few large ones.
+const FEW_TOKENS: usize = 4096;
+
+/// Bytes of shared memory for the tiles of a cube of `MOST_PLANES_M` planes.
+const ENOUGH_MEMORY: usize = 64 * 1024;
+
 /// Most units of a plain cube in one direction: its tiles must fit shared memory everywhere.
 const MOST_UNITS: usize = 32;
 
@@ -123,10 +132,10 @@ impl Problem {
             .min()
             .map_or(1, |(_, _, frags)| frags);
         let plan = MatrixPlan {
-            planes_m: 4,
+            planes_m: self.planes_m(client, planes_n * plane),
             planes_n,
             plane,
-            frags_m: if self.rows <= 4096 { 1 } else { 2 },
+            frags_m: 1,
             frags_n,
             depth: if self.inner <= SIDE {
                 SIDE
@@ -141,6 +150,20 @@ impl Problem {
             sync_plane: client.properties().features.plane.contains(Plane::Sync),
         };
         Plan::Matrix(plan)
+    }
+
+    /// Planes in the direction of tokens: many tokens take cubes of many units with one block of rows each,
+    /// which leaves a unit few sums to keep. Planes of two blocks held 170 registers a unit, and a
+    /// multiprocessor of 65,536 had room for one cube, which read, multiplied and wrote by turns.
+    fn planes_m(&self, client: &Client, others: usize) -> usize {
+        let hardware = &client.properties().hardware;
+        let fits = hardware.max_units_per_cube as usize >= MOST_PLANES_M * others
+            && hardware.max_shared_memory_size >= ENOUGH_MEMORY;
+        if self.rows > FEW_TOKENS && fits {
+            MOST_PLANES_M
+        } else {
+            4
+        }
     }
 
     /// Sizes for a sum over tokens; rows are those of the weight.

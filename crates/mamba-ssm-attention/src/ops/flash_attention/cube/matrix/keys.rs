@@ -14,9 +14,8 @@ use cubecl::prelude::*;
 
 use super::forward::Place;
 use super::tiles::{
-    COLUMNS, Eight, MatrixPlan, Operand, PLANE, Pair, SIDE, Sum, accumulate, across, add_scores,
-    along, as_left, clear, exponent, fetch, lifted, load_rows, powers, put, scores, write_rows,
-    zeros,
+    COLUMNS, Eight, MatrixPlan, Operand, PLANE, SIDE, Sum, accumulate, across, add_scores, along,
+    as_left, clear, exponent, fetch, lifted, load_rows, powers, put, scores, write_rows, zeros,
 };
 use crate::ops::flash_attention::cube::common::{
     Call, HIDDEN, column_key, end_key, end_query, first_key, first_query, kept, row_key,

@@ -13,7 +13,8 @@ use cubecl::prelude::*;
 use super::forward::Place;
 use super::tiles::{
     COLUMNS, Eight, MatrixPlan, Operand, PLANE, Pair, SIDE, Sum, accumulate, across, add_scores,
-    along, as_left, clear, fetch, load_rows, put, scores, write_rows, zeros,
+    along, as_left, clear, exponent, fetch, lifted, load_rows, powers, put, scores, write_rows,
+    zeros,
 };
 use crate::ops::flash_attention::cube::common::{
     Call, column_key, end_key, first_key, kept, load_padding, row_key,
