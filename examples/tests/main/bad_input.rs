@@ -284,12 +284,3 @@ fn command_lines_that_make_no_sense() {
         &["nota", "note"],
     );
 }
-
-#[cfg(not(feature = "remote"))]
-#[test]
-fn a_url_in_a_build_that_knows_none() {
-    Workshop::new().fails(
-        "train --data s3://bucket/set --out @run",
-        &["s3://bucket/set", "remote"],
-    );
-}
