@@ -2,6 +2,8 @@
 //! themselves step by step, checkpoints, and what is refused.
 
 mod conv_and_norm;
+#[cfg(feature = "flex")]
+mod decode;
 mod kernels;
 mod kernels_local;
 mod kernels_scan;

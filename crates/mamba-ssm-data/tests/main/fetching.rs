@@ -66,7 +66,7 @@ fn options(server: &Server, output: &Path) -> FetchOptions {
     FetchOptions::new(output)
         .with_host(&server.url)
         .with_retries(3, Duration::from_millis(1))
-        .with_stall(Duration::from_millis(400))
+        .with_stall(Duration::from_millis(1500))
 }
 
 fn months(from: &str, to: Option<&str>) -> BinanceMonths {

@@ -1,0 +1,202 @@
+//! Shared memory of the pass for gradients, and how a tile's operands come into it.
+
+use cubecl::prelude::*;
+
+use crate::ops::cube::SIDE;
+use crate::ops::cube::fragment::LANES;
+use crate::ops::cube::tile::{fetch, put};
+use crate::ops::ssd::cube::outputs_matrix::{fetch_states, put_states};
+use crate::ops::ssd::cube::plan::{Call, Plan};
+
+/// Planes of a half; also the parts in which the gradient of D is summed over a chunk.
+pub(in super::super) fn half_planes(plan: Plan) -> usize {
+    plan.chunk / SIDE
+}
+
+/// Parts of `<h, g>` of a head.
+pub(super) fn kept_parts(plan: Plan) -> usize {
+    (plan.gradient_units() / plan.heads).max(1)
+}
+
+/// Step sizes that a unit carries per tile.
+pub(super) fn step_shares(plan: Plan) -> usize {
+    (plan.chunk * plan.heads).div_ceil(plan.gradient_units())
+}
+
+/// Tokens of a chunk that a lane treats when a plane runs over them.
+pub(super) fn tokens_per_lane(plan: Plan) -> usize {
+    plan.chunk.div_ceil(LANES)
+}
+
+/// What a cube, and in it a plane, owns.
+#[derive(CubeType)]
+pub(super) struct Share {
+    pub(super) batch: usize,
+    pub(super) chunk: usize,
+    /// The first of the cube's heads.
+    pub(super) head: usize,
+    /// Tokens before the cube's own, and how many it has.
+    pub(super) base: usize,
+    pub(super) rows: usize,
+    /// Whether the plane owns earlier tokens, and as a number.
+    pub(super) earlier: bool,
+    pub(super) half: usize,
+    /// The plane's first token in the chunk.
+    pub(super) token: usize,
+}
+
+#[cube]
+pub(super) fn share(call: &Call, #[comptime] plan: Plan) -> Share {
+    let blocks = call.heads / comptime!(plan.heads) / call.tiles;
+    let chunk = CUBE_POS / blocks % call.chunks;
+    let batch = CUBE_POS / blocks / call.chunks;
+    let start = chunk * comptime!(plan.chunk);
+    let plane = UNIT_POS as usize / LANES;
+    let half = plane / comptime!(half_planes(plan));
+    Share {
+        batch,
+        chunk,
+        head: CUBE_POS % blocks * call.tiles * comptime!(plan.heads),
+        base: batch * call.length + start,
+        rows: min(call.length - start, comptime!(plan.chunk).runtime()),
+        earlier: half == 1,
+        half,
+        token: plane % comptime!(half_planes(plan)) * SIDE,
+    }
+}
+
+/// Shared memory. Of two halves, the first is that of the later tokens.
+#[derive(CubeType)]
+pub(super) struct Tiles<E: Float> {
+    /// dy, then x: `[2 chunk, channels]`.
+    pub(super) tokens: Shared<[E]>,
+    /// C, then B: `[2 chunk, state]`.
+    pub(super) onto: Shared<[E]>,
+    /// h, then g: `[2 channels, state]`.
+    pub(super) states: Shared<[E]>,
+    /// `[heads, chunk]` each.
+    pub(super) step: Shared<[f32]>,
+    pub(super) sum: Shared<[f32]>,
+    /// `[2, heads, chunk]`: of a later token, the pairs with those strictly before it, each by the earlier
+    /// one's step; of an earlier token, those with the ones strictly behind it.
+    pub(super) pairs: Shared<[f32]>,
+    /// `[2, heads, chunk]`: `exp(s) dy.(h C)` and `exp(s[Q] - s) x.(g B)`.
+    pub(super) through: Shared<[f32]>,
+    /// `[heads, chunk]`: the pair of a token with itself.
+    pub(super) diagonal: Shared<[f32]>,
+    /// `<h, g>`, in parts: `[heads, parts]`.
+    pub(super) kept: Shared<[f32]>,
+}
+
+#[cube]
+pub(super) fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
+    let size = comptime!(plan.chunk * plan.heads);
+    Tiles::<E> {
+        tokens: Shared::new_aligned_slice(comptime!(2 * plan.tile_x().size()), 128usize),
+        onto: Shared::new_aligned_slice(comptime!(2 * plan.tile_n().size()), 128usize),
+        states: Shared::new_aligned_slice(
+            comptime!(2 * plan.channels() * plan.stride_n()),
+            128usize,
+        ),
+        step: Shared::new_aligned_slice(size, 16usize),
+        sum: Shared::new_aligned_slice(size, 16usize),
+        pairs: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
+        through: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
+        diagonal: Shared::new_aligned_slice(size, 16usize),
+        kept: Shared::new_aligned_slice(comptime!(plan.heads * kept_parts(plan)), 16usize),
+    }
+}
+
+/// What of the next tile is on its way.
+#[derive(CubeType)]
+pub(super) struct Next<E: Float, S: Float, VX: Size, VN: Size> {
+    pub(super) x: Array<Vector<E, VX>>,
+    pub(super) dy: Array<Vector<E, VX>>,
+    pub(super) h: Array<Vector<S, VN>>,
+    pub(super) g: Array<Vector<S, VN>>,
+    pub(super) step: Array<f32>,
+    pub(super) sum: Array<f32>,
+}
+
+/// Reads a unit's share of a tile's operands into registers.
+#[cube]
+pub(super) fn fetch_next<E: Float, S: Float, VX: Size, VN: Size>(
+    x: &[E],
+    dy: &[E],
+    steps: &[f32],
+    sums: &[f32],
+    states: &[S],
+    dstates: &[S],
+    head: usize,
+    own: &Share,
+    next: &mut Next<E, S, VX, VN>,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let units = comptime!(plan.gradient_units());
+    let tile_x = comptime!(plan.tile_x());
+    let channel = head * comptime!(plan.headdim);
+    let width = call.heads * comptime!(plan.headdim);
+    let from_x = call.x.offset + own.base * call.x.row + channel;
+    fetch::<E, VX>(x, from_x, call.x.row, own.rows, &mut next.x, tile_x, units);
+    let from_dy = own.base * width + channel;
+    fetch::<E, VX>(dy, from_dy, width, own.rows, &mut next.dy, tile_x, units);
+    fetch_states::<S, VN>(
+        states,
+        own.batch,
+        own.chunk,
+        head,
+        &mut next.h,
+        call,
+        plan,
+        units,
+    );
+    fetch_states::<S, VN>(
+        dstates,
+        own.batch,
+        own.chunk,
+        head,
+        &mut next.g,
+        call,
+        plan,
+        units,
+    );
+    let base = (own.batch * call.chunks + own.chunk) * comptime!(plan.chunk);
+    #[unroll]
+    for share in 0..comptime!(step_shares(plan)) {
+        let n = UNIT_POS as usize + comptime!(share * plan.gradient_units());
+        let token = min(
+            n / comptime!(plan.heads),
+            comptime!(plan.chunk - 1).runtime(),
+        );
+        let place = (base + token) * call.heads + head + n % comptime!(plan.heads);
+        next.step[share] = steps[place];
+        next.sum[share] = sums[place];
+    }
+}
+
+/// Writes what [`fetch_next`] read into shared memory.
+#[cube]
+pub(super) fn put_next<E: Float, S: Float, VX: Size, VN: Size>(
+    next: &Next<E, S, VX, VN>,
+    tiles: &mut Tiles<E>,
+    #[comptime] plan: Plan,
+) {
+    let units = comptime!(plan.gradient_units());
+    let tile_x = comptime!(plan.tile_x());
+    put::<E, VX>(&next.dy, &mut tiles.tokens, 0usize, tile_x, units);
+    let behind = comptime!(plan.tile_x().size()).runtime();
+    put::<E, VX>(&next.x, &mut tiles.tokens, behind, tile_x, units);
+    put_states::<S, E, VN>(&next.h, &mut tiles.states, 0usize, plan, units);
+    let behind = comptime!(plan.channels() * plan.stride_n()).runtime();
+    put_states::<S, E, VN>(&next.g, &mut tiles.states, behind, plan, units);
+    #[unroll]
+    for share in 0..comptime!(step_shares(plan)) {
+        let n = UNIT_POS as usize + comptime!(share * plan.gradient_units());
+        let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
+        if token < comptime!(plan.chunk) {
+            tiles.step[head * comptime!(plan.chunk) + token] = next.step[share];
+            tiles.sum[head * comptime!(plan.chunk) + token] = next.sum[share];
+        }
+    }
+}
