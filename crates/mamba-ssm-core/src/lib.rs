@@ -36,7 +36,7 @@
 //!   [`gated_rms_norm()`](ops::gated_rms_norm::gated_rms_norm).
 //! - [`layers`]: [`Mamba1`] and [`Mamba2`], with `forward`, `forward_from` and `step`.
 //! - [`stack`]: a stack of layers, plain or pre-norm residual.
-//! - [`decode`](crate::decode): one token at a time on the CPU, without allocating (feature `flex`).
+//! - [`decode`]: one token at a time on the CPU, without allocating (feature `flex`).
 //! - [`checkpoint`]: the official parameter names, safetensors in and out.
 //!
 //! # Features
