@@ -1,6 +1,5 @@
-use burn::tensor::{DType, Tensor};
-
 use crate::Linear;
+use crate::memory::host;
 use crate::simd::{LANES, vectorized};
 
 type Lanes = [f32; LANES];
@@ -57,14 +56,6 @@ impl Linear {
             d_output,
         }
     }
-}
-
-/// All elements in f32, row by row.
-fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
-    tensor
-        .to_data_dtype(DType::F32)
-        .try_to_vec::<f32>()
-        .expect("converted to f32")
 }
 
 impl LinearDecoder {
@@ -133,7 +124,7 @@ fn add_scaled(sum: &mut Lanes, by: &Lanes, x: f32) {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Distribution};
+    use burn::tensor::{Device, Distribution, Tensor};
 
     use super::*;
     use crate::LinearConfig;

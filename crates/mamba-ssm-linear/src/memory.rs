@@ -1,4 +1,6 @@
-//! Memory for large results on the CPU.
+//! Memory of the CPU: for large results, and what lies on another device brought there.
+
+use burn::tensor::{DType, Tensor};
 
 /// Results from this size on ask for large pages: below it, few of them would fit.
 #[cfg(target_os = "linux")]
@@ -12,6 +14,18 @@ pub fn zeros<T: Copy + Default>(length: usize) -> Vec<T> {
     let values = vec![T::default(); length];
     advise(&values);
     values
+}
+
+/// All elements in f32, row by row.
+///
+/// # Panics
+///
+/// When the device cannot be read.
+pub fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
+    tensor
+        .to_data_dtype(DType::F32)
+        .try_to_vec::<f32>()
+        .expect("converted to f32")
 }
 
 #[cfg(target_os = "linux")]

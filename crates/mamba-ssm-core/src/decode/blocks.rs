@@ -3,7 +3,7 @@
 
 use mamba_ssm_linear::simd::LANES;
 
-use crate::ops::native::lanes::{self, Lanes};
+use crate::ops::native::lanes::{self, Lanes, silu};
 
 /// States and channels: `rows` of channels (one per group), each padded to whole blocks.
 #[derive(Debug, Clone, Copy)]
@@ -73,4 +73,19 @@ pub(super) fn each(values: &mut [f32], f: impl Fn(f32) -> f32 + Copy) {
 #[inline(always)]
 pub(super) fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (lanes::dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// `y <- y silu(z)`.
+#[inline(always)]
+pub(super) fn gate(z: &[f32], y: &mut [f32]) {
+    let ((z, z_rest), (y, y_rest)) = (z.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
+    for (y, z) in y.iter_mut().zip(z) {
+        let z = lanes::map(*z, silu);
+        for (y, z) in y.iter_mut().zip(z) {
+            *y *= z;
+        }
+    }
+    for (y, z) in y_rest.iter_mut().zip(z_rest) {
+        *y *= silu(*z);
+    }
 }

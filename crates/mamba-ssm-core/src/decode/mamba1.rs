@@ -4,9 +4,8 @@ use burn::tensor::{Device, Tensor, TensorData};
 use mamba_ssm_linear::LinearDecoder;
 use mamba_ssm_linear::simd::{LANES, vectorized};
 
-use super::blocks::{Layout, each};
+use super::blocks::{Layout, each, gate};
 use super::conv::ConvDecoder;
-use super::mamba2::gate;
 use super::{first_entry, host};
 use crate::layers::{Mamba1, Mamba1State};
 use crate::ops::native::lanes::{Lanes, exp, softplus};

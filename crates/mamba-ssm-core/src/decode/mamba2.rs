@@ -4,11 +4,11 @@ use burn::tensor::{Device, Tensor, TensorData};
 use mamba_ssm_linear::LinearDecoder;
 use mamba_ssm_linear::simd::{LANES, vectorized};
 
-use super::blocks::{Layout, each, inverse_rms};
+use super::blocks::{Layout, each, gate, inverse_rms};
 use super::conv::ConvDecoder;
 use super::{first_entry, host};
 use crate::layers::{Mamba2, Mamba2State, NORM_EPS};
-use crate::ops::native::lanes::{self, Lanes, exp, silu, softplus};
+use crate::ops::native::lanes::{self, Lanes, exp, softplus};
 
 #[derive(Debug, Clone)]
 pub(super) struct Mamba2Decoder {
@@ -231,19 +231,4 @@ fn advance(h: &mut [Lanes], decay: &Lanes, added: &Lanes, b: &[f32], c: &[f32]) 
         *sum += other;
     }
     sum
-}
-
-/// `y <- y silu(z)`.
-#[inline(always)]
-pub(super) fn gate(z: &[f32], y: &mut [f32]) {
-    let ((z, z_rest), (y, y_rest)) = (z.as_chunks::<LANES>(), y.as_chunks_mut::<LANES>());
-    for (y, z) in y.iter_mut().zip(z) {
-        let z = lanes::map(*z, silu);
-        for (y, z) in y.iter_mut().zip(z) {
-            *y *= z;
-        }
-    }
-    for (y, z) in y_rest.iter_mut().zip(z_rest) {
-        *y *= silu(*z);
-    }
 }

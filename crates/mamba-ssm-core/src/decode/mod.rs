@@ -9,7 +9,8 @@ mod conv;
 mod mamba1;
 mod mamba2;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Device, Tensor};
+use mamba_ssm_linear::memory::host;
 use mamba_ssm_linear::simd::vectorized;
 
 use crate::ops::native::lanes;
@@ -192,14 +193,6 @@ fn norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
             }
         },
     );
-}
-
-/// All elements in f32, row by row.
-fn host<const D: usize>(tensor: &Tensor<D>) -> Vec<f32> {
-    tensor
-        .to_data_dtype(DType::F32)
-        .try_to_vec::<f32>()
-        .expect("converted to f32")
 }
 
 /// The elements of the first entry of a batch.
