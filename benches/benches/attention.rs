@@ -5,7 +5,6 @@
 //! whose names contain it.
 
 use benches::{ACCELERATOR, both, config, draw, queue};
-use burn::module::Module;
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Device, Tensor};
@@ -51,23 +50,15 @@ fn operator(c: &mut Criterion) {
 
 /// The published comparison's stack; parameters in f32, as in training.
 fn transformer(c: &mut Criterion) {
-    let device = Device::default();
-    let tracked = device.clone().autodiff();
-    let model = TransformerConfig::new(64).init(&tracked);
     let batch = if ACCELERATOR { 32 } else { 1 };
-    let mut group = c.benchmark_group(format!("Transformer, embed 64, {batch} x 2048"));
-    let plain = model.valid();
-    let x = draw([batch, 2048, 64], &device);
-    group.bench_function("forward", |bench| {
-        bench.iter_custom(|calls| queue(&device, calls, || plain.forward(x.clone())));
-    });
-    let x = draw([batch, 2048, 64], &tracked);
-    group.bench_function("forward and backward", |bench| {
-        bench.iter_custom(|calls| {
-            queue(&device, calls, || {
-                model.forward(x.clone()).square().mean().backward()
-            })
-        });
+    let mut group = c.benchmark_group("Transformer");
+    let inputs = |device: &Device| {
+        let model = TransformerConfig::new(64).init(device);
+        (model, draw([batch, 2048, 64], device))
+    };
+    let name = format!("embed 64, {batch} x 2048");
+    both(&mut group, &name, inputs, |(model, x)| {
+        model.forward(x).square().mean()
     });
     group.finish();
 }

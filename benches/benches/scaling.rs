@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use benches::{ACCELERATOR, dtype, finish};
+use benches::{ACCELERATOR, dtype, finish, held_mebibytes};
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
 use mamba_ssm_attention::AttentionConfig;
@@ -71,9 +71,7 @@ fn measure<M: Module>(
         let point = Point {
             length,
             milliseconds: times[calls / 2] * 1e3,
-            mebibytes: device
-                .memory_pool_usage()
-                .map(|usage| usage.bytes_reserved as f64 / f64::from(1 << 20)),
+            mebibytes: held_mebibytes(&device),
         };
         let memory = point
             .mebibytes

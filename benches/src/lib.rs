@@ -63,6 +63,13 @@ pub fn queue<T>(device: &Device, calls: u64, work: impl Fn() -> T) -> Duration {
     start.elapsed()
 }
 
+/// What the device's allocator holds, where it says. It keeps what it once needed, so that after work of one
+/// kind this is the greatest need of that work, padding and gaps included.
+pub fn held_mebibytes(device: &Device) -> Option<f64> {
+    let usage = device.memory_pool_usage()?;
+    Some(usage.bytes_reserved as f64 / f64::from(1 << 20))
+}
+
 /// Times `run` on plain tensors, and with its gradients on tracked ones (those of the sum of what it
 /// returns). `inputs` draws what is passed.
 pub fn both<I: Clone, const D: usize>(
@@ -79,12 +86,17 @@ pub fn both<I: Clone, const D: usize>(
     group.bench_function(format!("{name}/forward"), |bench| {
         bench.iter_custom(|calls| queue(&device, calls, || run(plain.clone())));
     });
-    let leaves = inputs(&tracked);
     drop(plain);
+    finish(&device);
+    device.memory_cleanup();
+    let leaves = inputs(&tracked);
     queue(&device, 3, || run(leaves.clone()).backward());
     group.bench_function(format!("{name}/forward and backward"), |bench| {
         bench.iter_custom(|calls| queue(&device, calls, || run(leaves.clone()).backward()));
     });
+    if let Some(held) = held_mebibytes(&device) {
+        println!("{name}/memory: {held:.0} MiB");
+    }
 }
 
 /// Settings of all groups.

@@ -9,6 +9,8 @@ mod kernels_local;
 mod kernels_scan;
 mod layers;
 #[cfg(feature = "flex")]
+mod long;
+#[cfg(feature = "flex")]
 mod native;
 mod selective_scan;
 mod ssd;

@@ -122,6 +122,12 @@ pub(crate) fn as_f32(tensor: CubeTensor) -> CubeTensor {
     into_contiguous(CubeBackend::float_cast(tensor, FloatDType::F32))
 }
 
+/// What indices into all of these tensors need: 32 bits, or 64 where those would wrap.
+pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
+    let types = tensors.iter().map(|tensor| tensor.required_address_type());
+    types.max().unwrap_or_default()
+}
+
 /// A grid of `cubes` cubes in a row, bent where the device limits an axis. Kernels leave at once where
 /// `CUBE_POS` is not below `cubes`.
 pub(crate) fn grid(cubes: usize) -> CubeCount {

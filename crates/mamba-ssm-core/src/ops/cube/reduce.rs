@@ -8,12 +8,12 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::place::{Place, Rows};
-use super::{elem, empty_like, grid};
+use super::{address_type, elem, empty_like, grid};
 
 /// Rows of a slice.
 const SLICE: usize = 64;
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 fn sum_slices(x: &[f32], out: &mut [f32], rows: usize, columns: usize, #[comptime] slice: usize) {
     let slices = rows.div_ceil(comptime!(slice));
     if ABSOLUTE_POS < slices * columns {
@@ -40,6 +40,7 @@ pub(crate) fn sum_rows(x: CubeTensor, rows: usize, columns: usize) -> CubeTensor
             &client,
             grid((slices * columns).div_ceil(units)),
             CubeDim::new_1d(units as u32),
+            address_type(&[&x]),
             x.into_buffer_arg(),
             out.clone().into_buffer_arg(),
             rows,
@@ -53,7 +54,7 @@ pub(crate) fn sum_rows(x: CubeTensor, rows: usize, columns: usize) -> CubeTensor
     }
 }
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 fn sum_parts<O: Float>(
     parts: &[f32],
     out: &mut [O],
@@ -81,6 +82,7 @@ pub(crate) fn sum_parts_into(parts: CubeTensor, [count, rows, width]: [usize; 3]
         &client,
         grid((rows * width).div_ceil(units)),
         CubeDim::new_1d(units as u32),
+        address_type(&[&parts, &to.tensor]),
         parts.into_buffer_arg(),
         to.tensor.clone().into_buffer_arg(),
         count,

@@ -18,7 +18,7 @@ use super::forward::{
 };
 use crate::ops::cube::place::Place;
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn backward<I: Float, V: Size>(
     x: &[I],
     weight: &[f32],

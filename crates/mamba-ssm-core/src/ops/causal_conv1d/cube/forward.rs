@@ -170,7 +170,7 @@ pub(super) fn weigh<V: Size>(
     sum
 }
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn forward<I: Float, V: Size>(
     x: &[I],
     weight: &[f32],

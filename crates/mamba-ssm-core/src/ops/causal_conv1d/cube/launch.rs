@@ -10,7 +10,7 @@ use super::backward::backward as backward_kernel;
 use super::forward::{CallLaunch, Plan, forward as forward_kernel};
 use crate::ops::cube::place::{Rows, common_vector};
 use crate::ops::cube::reduce::sum_rows;
-use crate::ops::cube::{as_f32, elem, empty_like, grid};
+use crate::ops::cube::{address_type, as_f32, elem, empty_like, grid};
 
 /// Tokens of a run.
 const RUN: usize = 32;
@@ -108,6 +108,7 @@ impl Conv {
             &self.x.tensor.client,
             count,
             dim,
+            address_type(&[&self.x.tensor, &y.tensor]),
             self.x.tensor.clone().into_buffer_arg(),
             weight.into_buffer_arg(),
             bias.into_buffer_arg(),
@@ -134,6 +135,7 @@ impl Conv {
             &like.client,
             count,
             dim,
+            address_type(&[like, &dy.tensor, &dx.tensor, &rows]),
             like.clone().into_buffer_arg(),
             weight.into_buffer_arg(),
             bias.into_buffer_arg(),

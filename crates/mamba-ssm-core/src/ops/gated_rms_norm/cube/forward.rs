@@ -199,7 +199,7 @@ pub(super) fn reciprocal_rms<V: Size>(
     1.0f32 / (mean + eps).sqrt()
 }
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn forward<I: Float, V: Size>(
     x: &[I],
     z: &[I],

@@ -8,7 +8,7 @@ use super::backward::backward as backward_kernel;
 use super::forward::{CallLaunch, Plan, forward as forward_kernel};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::reduce::sum_rows;
-use crate::ops::cube::{elem, empty_like, grid};
+use crate::ops::cube::{address_type, elem, empty_like, grid};
 
 /// A norm: its weight in f32 and where its operands lie.
 #[derive(Clone)]
@@ -83,6 +83,7 @@ impl Norm {
             &self.x.tensor.client,
             count,
             dim,
+            address_type(&[&self.x.tensor, &self.gate().tensor, &y.tensor]),
             self.x.tensor.clone().into_buffer_arg(),
             self.gate().tensor.clone().into_buffer_arg(),
             self.weight.clone().into_buffer_arg(),
@@ -102,10 +103,19 @@ impl Norm {
         let like = &self.x.tensor;
         let runs = self.tokens.div_ceil(plan.run);
         let rows = empty_like(like, [runs, self.dim()], DType::F32);
+        let wide = [
+            like,
+            &self.gate().tensor,
+            &dy.tensor,
+            &dx.tensor,
+            &dz.tensor,
+            &rows,
+        ];
         backward_kernel::launch(
             &like.client,
             count,
             dim,
+            address_type(&wide),
             like.clone().into_buffer_arg(),
             self.gate().tensor.clone().into_buffer_arg(),
             self.weight.clone().into_buffer_arg(),

@@ -6,7 +6,6 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::features::Plane;
-use cubecl::ir::AddressType;
 use cubecl::prelude::*;
 
 use super::backward::{backward as backward_kernel, sum_blocks};
@@ -14,7 +13,7 @@ use super::common::{CallLaunch, GroupStridesLaunch, Plan, StridesLaunch};
 use super::forward::forward as forward_kernel;
 use crate::ops::cube::place::common_vector;
 use crate::ops::cube::reduce::sum_rows;
-use crate::ops::cube::{as_f32, elem, empty_like, grid};
+use crate::ops::cube::{address_type, as_f32, elem, empty_like, grid};
 use crate::ops::selective_scan::backend::{Forward, Gradients, Operands, chunk};
 
 /// Units of a cube; fewer where the states of a channel need fewer or the device has fewer.
@@ -89,15 +88,6 @@ fn strides(tensor: &CubeTensor) -> StridesLaunch {
 fn group_strides(tensor: &CubeTensor) -> GroupStridesLaunch {
     let s = tensor.meta.strides();
     GroupStridesLaunch::new(s[0], s[1], s[2], s[3])
-}
-
-/// What indices into all of them need.
-fn address_type(tensors: &[&CubeTensor]) -> AddressType {
-    tensors
-        .iter()
-        .map(|tensor| tensor.required_address_type())
-        .max()
-        .unwrap_or_default()
 }
 
 impl Scan {

@@ -83,7 +83,7 @@ fn new_terms(#[comptime] plan: Plan) -> Terms {
     }
 }
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn gradients<I: Float, E: Float, S: Float, O: Float, VX: Size, VN: Size>(
     x: &[I],
     b: &[I],

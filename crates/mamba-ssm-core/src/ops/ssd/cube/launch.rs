@@ -15,7 +15,7 @@ use super::states_matrix::walk_matrix;
 use super::steps::{HEADS, steps, steps_backward};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::reduce::{sum_parts_into, sum_rows};
-use crate::ops::cube::{elem, empty_like, filled, grid, tile_dtype};
+use crate::ops::cube::{address_type, elem, empty_like, filled, grid, tile_dtype};
 use crate::ops::ssd::backend::Spec;
 
 /// The shortest chunk of any plan.
@@ -90,6 +90,22 @@ struct Ready {
     types: [ElemType; 3],
     states: DType,
     limit: [f32; 2],
+    /// What indices into every tensor of the call need.
+    addresses: AddressType,
+}
+
+/// What indices into every tensor of a call need: those that came in, and the largest that it makes.
+fn addresses(scan: &Scan, outputs: &[&[&Rows]; 2], plan: &Plan) -> AddressType {
+    let sizes = &scan.sizes;
+    let operands = [&scan.x, &scan.b, &scan.c, &scan.dt];
+    let given = operands.iter().chain(outputs[0]).chain(outputs[1]);
+    let given: Vec<_> = given.map(|rows| &rows.tensor).collect();
+    let chunks = sizes.batch * sizes.length.div_ceil(plan.chunk);
+    let states = chunks * sizes.heads * sizes.headdim * sizes.state;
+    let steps = chunks * plan.chunk * sizes.heads;
+    // Parts of the gradients of B and C, one for each tile of heads at most.
+    let parts = steps / plan.heads * sizes.state;
+    address_type(&given).max(AddressType::from_len(states.max(steps).max(parts)))
 }
 
 impl Ready {
@@ -122,7 +138,9 @@ impl Ready {
                 )
             });
         let limit = scan.spec.limit;
+        let addresses = addresses(&scan, &outputs, &plan);
         Self {
+            addresses,
             d: scan.d.clone().unwrap_or_else(|| filled(like, [16], 0.0)),
             bias: scan
                 .bias
@@ -261,6 +279,7 @@ impl Ready {
             &self.client(),
             grid(cubes),
             self.plan.team.cube_dim(),
+            self.addresses,
             self.scan.dt.tensor.clone().into_buffer_arg(),
             self.bias.clone().into_buffer_arg(),
             self.scan.a.clone().into_buffer_arg(),
@@ -304,6 +323,7 @@ impl Ready {
                     &self.client(),
                     grid(cubes),
                     CubeDim::new_1d(self.plan.walk_units() as u32),
+                    self.addresses,
                     rows.tensor.clone().into_buffer_arg(),
                     onto.tensor.clone().into_buffer_arg(),
                     step.clone().into_buffer_arg(),
@@ -322,6 +342,7 @@ impl Ready {
                 &self.client(),
                 grid(cubes),
                 self.plan.team.cube_dim(),
+                self.addresses,
                 rows.tensor.clone().into_buffer_arg(),
                 onto.tensor.clone().into_buffer_arg(),
                 step.clone().into_buffer_arg(),
@@ -358,6 +379,7 @@ impl Ready {
                 &self.client(),
                 count,
                 dim,
+                self.addresses,
                 sum.clone().into_buffer_arg(),
                 start.unwrap_or_else(nothing).into_buffer_arg(),
                 ends.clone().into_buffer_arg(),
@@ -398,6 +420,7 @@ pub(crate) fn forward(scan: Scan, y: &Rows) -> (CubeTensor, CubeTensor) {
             &ready.client(),
             grid(cubes),
             CubeDim::new_1d(ready.plan.output_units() as u32),
+            ready.addresses,
             x.tensor.clone().into_buffer_arg(),
             b.tensor.clone().into_buffer_arg(),
             c.tensor.clone().into_buffer_arg(),
@@ -416,6 +439,7 @@ pub(crate) fn forward(scan: Scan, y: &Rows) -> (CubeTensor, CubeTensor) {
             &ready.client(),
             grid(cubes),
             ready.plan.team.cube_dim(),
+            ready.addresses,
             x.tensor.clone().into_buffer_arg(),
             b.tensor.clone().into_buffer_arg(),
             c.tensor.clone().into_buffer_arg(),
@@ -501,6 +525,7 @@ pub(crate) fn backward(
             &client,
             count,
             dim,
+            ready.addresses,
             x,
             b,
             c,
@@ -528,6 +553,7 @@ pub(crate) fn backward(
             &client,
             count,
             dim,
+            ready.addresses,
             x,
             b,
             c,
@@ -584,6 +610,7 @@ impl Ready {
             &self.client(),
             count,
             dim,
+            self.addresses,
             self.scan.dt.tensor.clone().into_buffer_arg(),
             self.bias.clone().into_buffer_arg(),
             dsteps.into_buffer_arg(),

@@ -19,7 +19,7 @@ pub(super) fn pair_shares(plan: Plan) -> usize {
     (plan.chunk * plan.chunk).div_ceil(plan.team.units)
 }
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn outputs<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
     x: &[I],
     b: &[I],

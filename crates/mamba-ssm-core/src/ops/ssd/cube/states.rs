@@ -63,7 +63,7 @@ fn own_state(#[comptime] r: usize, #[comptime] plan: Plan) -> (usize, usize) {
     (place / vectors, place % vectors * comptime!(plan.vector_n))
 }
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
     x: &[I],
     b: &[I],
@@ -274,7 +274,7 @@ fn load_weighted<I: Float, E: Float, V: Size>(
 
 /// Carries the states across segments: `ends[segment]` becomes the state at which the segment starts
 /// (forwards) or ends (backwards).
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn pass<V: Size>(
     sums: &[f32],
     start: &[f32],

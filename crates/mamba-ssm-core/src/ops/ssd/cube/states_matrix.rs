@@ -45,7 +45,7 @@ fn share(call: &Call, #[comptime] plan: Plan) -> Share {
     }
 }
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     x: &[E],
     b: &[E],

@@ -21,7 +21,7 @@ fn softplus(x: f32) -> f32 {
 /// Heads that a cube treats.
 pub(super) const HEADS: usize = 16;
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn steps<T: Float>(
     dt: &[T],
     bias: &[f32],
@@ -88,7 +88,7 @@ pub(super) fn steps<T: Float>(
 /// The gradient of what `dt` holds from that of the step: through the clamp and the softplus.
 ///
 /// Returns the gradient in the type of `dt` and in f32, for the bias.
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn steps_backward<T: Float>(
     dt: &[T],
     bias: &[f32],

@@ -29,7 +29,7 @@ use steps::{inner_of_states, store_steps};
 pub(super) use tiles::half_planes;
 use tiles::{Next, Share, Tiles, fetch_next, new_tiles, put_next, share, step_shares};
 
-#[cube(launch)]
+#[cube(launch, address_type = "dynamic")]
 pub(super) fn gradients_matrix<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
     x: &[E],
     b: &[E],
