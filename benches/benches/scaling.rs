@@ -5,6 +5,8 @@
 //! another device) lengths to 262,144 run, in bf16 where the device has it. `MAMBA_SCALING_SVG` names the
 //! picture (default `scaling.svg` in the working directory).
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use benches::{ACCELERATOR, dtype, finish, held_mebibytes};
@@ -19,6 +21,9 @@ const SHORTEST: usize = 512;
 
 /// A length whose calls take longer than this is a layer's last, in seconds.
 const LONGEST_CALL: f64 = 5.0;
+
+/// Set for a process that measures one layer: which.
+const LAYER: &str = "MAMBA_SCALING_LAYER";
 
 /// One layer at one length.
 struct Point {
@@ -41,13 +46,11 @@ fn lengths() -> impl Iterator<Item = usize> {
         .take_while(move |length| *length <= last)
 }
 
-/// Times a layer at every length, until a call takes too long.
+/// Times a layer at every length, until a call takes too long; prints a line for each.
 fn measure<M: Module>(
-    name: &'static str,
-    color: RGBColor,
     layer: impl Fn(&Device) -> M,
     run: impl Fn(&M, Tensor<3>) -> Tensor<3>,
-) -> Curve {
+) -> Vec<Point> {
     let device = Device::default().autodiff();
     let layer = layer(&device);
     let dtype = dtype(&device);
@@ -73,23 +76,15 @@ fn measure<M: Module>(
             milliseconds: times[calls / 2] * 1e3,
             mebibytes: held_mebibytes(&device),
         };
-        let memory = point
-            .mebibytes
-            .map_or_else(|| "-".to_owned(), |m| format!("{m:.0} MiB"));
-        println!(
-            "{name:<10} {length:>8} tokens {:>12.3} ms {memory:>12}",
-            point.milliseconds
-        );
+        // Read again by the process that draws.
+        let mebibytes = point.mebibytes.unwrap_or(f64::NAN);
+        println!("{length} {} {mebibytes}", point.milliseconds);
         points.push(point);
         if slow > LONGEST_CALL {
             break;
         }
     }
-    Curve {
-        name,
-        color,
-        points,
-    }
+    points
 }
 
 /// One panel: a quantity over the length, both logarithmic.
@@ -161,26 +156,67 @@ fn is_wanted() -> bool {
     filters.is_empty() || filters.iter().any(|filter| "scaling".contains(filter))
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    if !is_wanted() {
-        return Ok(());
-    }
-    let curves = [
-        measure(
-            "Mamba-2",
-            RGBColor(0x00, 0x72, 0xB2),
+/// Measures one of the two layers.
+fn measure_named(name: &str) -> Vec<Point> {
+    match name {
+        "Mamba-2" => measure(
             |device| {
                 let config = Mamba2Config::new(64).with_d_state(64);
                 config.with_headdim(16).with_expand(4).init(device)
             },
             |layer, x| layer.forward(x),
         ),
-        measure(
-            "attention",
-            RGBColor(0xD5, 0x5E, 0x00),
+        _ => measure(
             |device| AttentionConfig::new(64, 8).init(device),
             |layer, x| layer.forward(x),
         ),
+    }
+}
+
+/// Measures a layer in a process of its own: an allocator keeps what another layer once needed.
+fn measure_apart(name: &'static str, color: RGBColor) -> Result<Curve, Box<dyn std::error::Error>> {
+    let mut child = Command::new(std::env::current_exe()?)
+        .env(LAYER, name)
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut points = Vec::new();
+    for line in BufReader::new(child.stdout.take().expect("a pipe")).lines() {
+        let line = line?;
+        let numbers: Vec<f64> = line
+            .split_whitespace()
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        let [length, milliseconds, mebibytes] = numbers[..] else {
+            return Err(format!("{name}: not a measurement: {line}").into());
+        };
+        println!("{name:<10} {length:>8} tokens {milliseconds:>12.3} ms {mebibytes:>8.0} MiB");
+        points.push(Point {
+            length: length as usize,
+            milliseconds,
+            mebibytes: (!mebibytes.is_nan()).then_some(mebibytes),
+        });
+    }
+    if !child.wait()?.success() {
+        return Err(format!("{name}: the measurement failed").into());
+    }
+    Ok(Curve {
+        name,
+        color,
+        points,
+    })
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    if let Ok(name) = std::env::var(LAYER) {
+        measure_named(&name);
+        return Ok(());
+    }
+    if !is_wanted() {
+        return Ok(());
+    }
+    let curves = [
+        measure_apart("Mamba-2", RGBColor(0x00, 0x72, 0xB2))?,
+        measure_apart("attention", RGBColor(0xD5, 0x5E, 0x00))?,
     ];
     let path = std::env::var("MAMBA_SCALING_SVG").unwrap_or_else(|_| "scaling.svg".to_owned());
     let root = SVGBackend::new(&path, (1100, 460)).into_drawing_area();

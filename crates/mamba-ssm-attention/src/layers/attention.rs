@@ -3,10 +3,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::config::Config;
 use burn::module::Module;
-use burn::nn::{Dropout, DropoutConfig};
+use burn::nn::{Dropout, DropoutConfig, RmsNorm};
 use burn::tensor::{Device, Tensor};
 use mamba_ssm_linear::{Linear, LinearConfig};
 
+use super::norm::{normalise, project_scaled};
 use crate::error::{at_least_one, probability};
 use crate::ops::rotary::RotaryTable;
 use crate::{
@@ -205,12 +206,18 @@ impl Attention {
     /// When the last axis is not `d_model`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let table = self.rotary_table(&x, 0);
-        self.forward_with(x, table.as_ref())
+        self.forward_with(x, None, table.as_ref())
     }
 
-    /// [`forward`](Self::forward) with a table of positions shared between layers.
-    pub(crate) fn forward_with(&self, x: Tensor<3>, table: Option<&RotaryTable>) -> Tensor<3> {
-        let (q, k, v) = self.project(x, table);
+    /// [`forward`](Self::forward), of the norm of `x` if there is one, with a table of positions shared
+    /// between layers.
+    pub(crate) fn forward_with(
+        &self,
+        x: Tensor<3>,
+        norm: Option<&RmsNorm>,
+        table: Option<&RotaryTable>,
+    ) -> Tensor<3> {
+        let (q, k, v) = self.project(x, norm, table);
         self.attend(q, k, v)
     }
 
@@ -222,18 +229,19 @@ impl Attention {
     /// When the layer is not causal, or `x` does not fit it or the state.
     pub fn forward_from(&self, x: Tensor<3>, state: AttentionState) -> (Tensor<3>, AttentionState) {
         let table = self.rotary_table(&x, state.position);
-        self.forward_from_with(x, state, table.as_ref())
+        self.forward_from_with(x, None, state, table.as_ref())
     }
 
     pub(crate) fn forward_from_with(
         &self,
         x: Tensor<3>,
+        norm: Option<&RmsNorm>,
         state: AttentionState,
         table: Option<&RotaryTable>,
     ) -> (Tensor<3>, AttentionState) {
         assert!(self.causal, "{}", AttentionError::NotCausal);
         let position = state.position + x.dims()[1];
-        let (q, k, v) = self.project(x, table);
+        let (q, k, v) = self.project(x, norm, table);
         let (k, v) = match state.cache {
             Some((keys, values)) => (
                 Tensor::cat(vec![keys, k], 2),
@@ -268,13 +276,16 @@ impl Attention {
     fn project(
         &self,
         x: Tensor<3>,
+        norm: Option<&RmsNorm>,
         table: Option<&RotaryTable>,
     ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
         let [batch, length, _] = x.dims();
         let (heads, kv) = (self.heads, self.kv_heads);
-        let qkv = self
-            .qkv
-            .forward(x)
+        let qkv = match norm {
+            Some(norm) => project_scaled(&self.qkv, norm, normalise(norm, x)),
+            None => self.qkv.forward(x),
+        };
+        let qkv = qkv
             .reshape([batch, length, heads + 2 * kv, self.head_dim])
             .swap_dims(1, 2);
         // Queries and keys turn together: one pass over both.

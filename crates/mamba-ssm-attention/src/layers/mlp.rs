@@ -1,9 +1,11 @@
 use burn::config::Config;
 use burn::module::Module;
+use burn::nn::RmsNorm;
 use burn::tensor::activation::gelu;
 use burn::tensor::{Device, Tensor};
 use mamba_ssm_linear::{Linear, LinearConfig};
 
+use super::norm::{normalise, project_scaled};
 use crate::AttentionError;
 use crate::error::at_least_one;
 
@@ -68,6 +70,12 @@ impl Mlp {
     /// When the last axis is not `d_model`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         self.down.forward(gelu(self.up.forward(x)))
+    }
+
+    /// [`forward`](Self::forward) of the norm of `x`.
+    pub(crate) fn forward_normalised(&self, norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
+        let up = project_scaled(&self.up, norm, normalise(norm, x));
+        self.down.forward(gelu(up))
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod attention;
 mod mlp;
+mod norm;
 mod transformer;
 
 pub use attention::{Attention, AttentionConfig, AttentionState};

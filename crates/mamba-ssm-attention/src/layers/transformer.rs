@@ -3,6 +3,7 @@ use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, RmsNorm, RmsNormConfig};
 use burn::tensor::{Device, Tensor};
 
+use super::norm::normalised;
 use super::{Attention, AttentionConfig, AttentionState, Mlp, MlpConfig};
 use crate::AttentionError;
 use crate::error::{at_least_one, positive, probability};
@@ -106,15 +107,6 @@ impl TransformerConfig {
     }
 }
 
-/// The norm in the type of its weight, whatever that of `x`: half precision has not the digits for it.
-fn normalised(norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
-    let (own, wide) = (x.dtype(), norm.gamma.val().dtype());
-    if own == wide {
-        return norm.forward(x);
-    }
-    norm.forward(x.cast(wide)).cast(own)
-}
-
 /// One block: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with dropout on what is added.
 #[derive(Module, Debug)]
 pub struct TransformerBlock {
@@ -132,8 +124,10 @@ pub struct TransformerBlock {
 
 impl TransformerBlock {
     fn forward(&self, x: Tensor<3>, table: Option<&RotaryTable>) -> Tensor<3> {
-        let y = normalised(&self.attention_norm, x.clone());
-        let x = x + self.dropout.forward(self.attention.forward_with(y, table));
+        let y = self
+            .attention
+            .forward_with(x.clone(), Some(&self.attention_norm), table);
+        let x = x + self.dropout.forward(y);
         self.feed_forward(x)
     }
 
@@ -143,13 +137,15 @@ impl TransformerBlock {
         state: AttentionState,
         table: Option<&RotaryTable>,
     ) -> (Tensor<3>, AttentionState) {
-        let y = normalised(&self.attention_norm, x.clone());
-        let (y, state) = self.attention.forward_from_with(y, state, table);
+        let norm = Some(&self.attention_norm);
+        let (y, state) = self
+            .attention
+            .forward_from_with(x.clone(), norm, state, table);
         (self.feed_forward(x + self.dropout.forward(y)), state)
     }
 
     fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let y = self.mlp.forward(normalised(&self.mlp_norm, x.clone()));
+        let y = self.mlp.forward_normalised(&self.mlp_norm, x.clone());
         x + self.dropout.forward(y)
     }
 }
