@@ -7,7 +7,7 @@ use burn::nn::{Dropout, DropoutConfig, RmsNorm};
 use burn::tensor::{Device, Tensor};
 use mamba_ssm_linear::{Linear, LinearConfig};
 
-use super::norm::{normalise, project_scaled};
+use super::norm::project_normalised;
 use crate::error::{at_least_one, probability};
 use crate::ops::rotary::RotaryTable;
 use crate::{
@@ -282,7 +282,7 @@ impl Attention {
         let [batch, length, _] = x.dims();
         let (heads, kv) = (self.heads, self.kv_heads);
         let qkv = match norm {
-            Some(norm) => project_scaled(&self.qkv, norm, normalise(norm, x)),
+            Some(norm) => project_normalised(&self.qkv, norm, x),
             None => self.qkv.forward(x),
         };
         let qkv = qkv

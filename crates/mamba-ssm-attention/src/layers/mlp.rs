@@ -5,7 +5,7 @@ use burn::tensor::activation::gelu;
 use burn::tensor::{Device, Tensor};
 use mamba_ssm_linear::{Linear, LinearConfig};
 
-use super::norm::{normalise, project_scaled};
+use super::norm::project_normalised;
 use crate::AttentionError;
 use crate::error::at_least_one;
 
@@ -74,7 +74,7 @@ impl Mlp {
 
     /// [`forward`](Self::forward) of the norm of `x`.
     pub(crate) fn forward_normalised(&self, norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
-        let up = project_scaled(&self.up, norm, normalise(norm, x));
+        let up = project_normalised(&self.up, norm, x);
         self.down.forward(gelu(up))
     }
 }

@@ -9,19 +9,16 @@ use burn::tensor::Tensor;
 use mamba_ssm_linear::{Linear, project};
 
 /// `n(x)`, in the type of `x`, computed in that of the weight: half precision has not the digits for it.
-pub(crate) fn normalise(norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
+fn normalise(norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
     let (own, wide) = (x.dtype(), norm.gamma.val().dtype());
     let x = x.cast(wide);
     let size = (x.clone().square().mean_dim(2) + norm.epsilon).sqrt();
     (x / size).cast(own)
 }
 
-/// What [`normalise`] returned, times the norm's weight, through a projection.
-pub(crate) fn project_scaled<const D: usize>(
-    linear: &Linear,
-    norm: &RmsNorm,
-    x: Tensor<D>,
-) -> Tensor<D> {
+/// The norm of `x` through a projection.
+pub(crate) fn project_normalised(linear: &Linear, norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
+    let x = normalise(norm, x);
     let weight = linear.weight.val() * norm.gamma.val().unsqueeze_dim(1);
     project(x, weight, linear.bias.as_ref().map(|bias| bias.val()))
 }
@@ -70,7 +67,7 @@ mod tests {
         };
         close(normalised(&norm, x.clone()), norm.forward(x.clone()));
         close(
-            project_scaled(&linear, &norm, normalise(&norm, x.clone())),
+            project_normalised(&linear, &norm, x.clone()),
             linear.forward(norm.forward(x.clone())),
         );
     }
