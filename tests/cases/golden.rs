@@ -55,7 +55,10 @@ pub fn for_each(kind: CaseKind, check: impl Fn(&Case)) {
 fn golden_folder() -> PathBuf {
     match std::env::var_os("MAMBA_GOLDEN_DIR") {
         Some(folder) => PathBuf::from(folder),
-        None => PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden"),
+        None => PathBuf::from(
+            std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into()),
+        )
+        .join("golden"),
     }
 }
 

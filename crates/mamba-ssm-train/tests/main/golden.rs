@@ -10,7 +10,10 @@ use safetensors::SafeTensors;
 /// workspace around it.
 fn folder() -> Option<PathBuf> {
     let workspace = || {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+        let folder = PathBuf::from(
+            std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or(env!("CARGO_MANIFEST_DIR").into()),
+        )
+        .join("../../tests/golden");
         folder.is_dir().then_some(folder)
     };
     std::env::var_os("MAMBA_GOLDEN_DIR").map_or_else(workspace, |folder| Some(folder.into()))
