@@ -20,15 +20,22 @@
 //!
 //! `flex` (default, pure Rust CPU), `cuda`, `rocm`, `metal`, `vulkan`, `wgpu` and `cpu` forward to Burn's.
 
+/// For the crates that build their operators on this one; no part of the interface.
+#[cfg(feature = "cubecl")]
+#[doc(hidden)]
+pub mod cube;
 #[cfg(feature = "flex")]
 mod decoder;
+/// As `cube`.
+#[doc(hidden)]
+pub mod device;
 mod linear;
-/// For the crates that build their operators on this one; no part of the interface.
+/// As `cube`.
 #[cfg(feature = "flex")]
 #[doc(hidden)]
 pub mod memory;
 pub mod ops;
-/// As [`memory`].
+/// As `cube`.
 #[cfg(feature = "flex")]
 #[doc(hidden)]
 pub mod simd;

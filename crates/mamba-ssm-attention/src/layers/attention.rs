@@ -10,6 +10,7 @@ use mamba_ssm_linear::{Linear, LinearConfig};
 use super::norm::project_normalised;
 use crate::error::{at_least_one, probability};
 use crate::ops::rotary::RotaryTable;
+use crate::ops::self_attention::{Heads, heads_apart, heads_together, self_attention};
 use crate::{
     AttentionError, FlashAttentionOptions, MAX_HEAD_DIM, Rotary, RotaryConfig, RotaryStyle,
     flash_attention,
@@ -217,8 +218,10 @@ impl Attention {
         norm: Option<&RmsNorm>,
         table: Option<&RotaryTable>,
     ) -> Tensor<3> {
-        let (q, k, v) = self.project(x, norm, table);
-        self.attend(q, k, v)
+        let options = self.options(&x.device());
+        let qkv = self.project(x, norm);
+        self.out
+            .forward(self_attention(qkv, table, self.heads(), &options))
     }
 
     /// Continues from `state`: `x`, `[batch, length, d_model]`, follows the tokens already seen.
@@ -241,7 +244,8 @@ impl Attention {
     ) -> (Tensor<3>, AttentionState) {
         assert!(self.causal, "{}", AttentionError::NotCausal);
         let position = state.position + x.dims()[1];
-        let (q, k, v) = self.project(x, norm, table);
+        let options = self.options(&x.device());
+        let [q, k, v] = heads_apart(self.project(x, norm), table, self.heads());
         let (k, v) = match state.cache {
             Some((keys, values)) => (
                 Tensor::cat(vec![keys, k], 2),
@@ -250,7 +254,8 @@ impl Attention {
             None => (k, v),
         };
         let cache = Some((self.keep(k.clone()), self.keep(v.clone())));
-        (self.attend(q, k, v), AttentionState { cache, position })
+        let y = heads_together(flash_attention(q, k, v, &options));
+        (self.out.forward(y), AttentionState { cache, position })
     }
 
     /// One token: `x`, `[batch, d_model]`, at the position after those seen. Equals the same position of
@@ -272,49 +277,29 @@ impl Attention {
             .map(|rotary| rotary.table(start, length, x.dtype(), &x.device()))
     }
 
-    /// Queries `[batch, heads, length, head_dim]`, keys and values `[batch, kv_heads, ..]`.
-    fn project(
-        &self,
-        x: Tensor<3>,
-        norm: Option<&RmsNorm>,
-        table: Option<&RotaryTable>,
-    ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
-        let [batch, length, _] = x.dims();
-        let (heads, kv) = (self.heads, self.kv_heads);
-        let qkv = match norm {
+    /// Queries, keys and values side by side.
+    fn project(&self, x: Tensor<3>, norm: Option<&RmsNorm>) -> Tensor<3> {
+        match norm {
             Some(norm) => project_normalised(&self.qkv, norm, x),
             None => self.qkv.forward(x),
-        };
-        let qkv = qkv
-            .reshape([batch, length, heads + 2 * kv, self.head_dim])
-            .swap_dims(1, 2);
-        // Queries and keys turn together: one pass over both.
-        let qk = qkv.clone().slice_dim(1, 0..heads + kv);
-        let qk = match table {
-            Some(table) => table.apply(qk),
-            None => qk,
-        };
-        (
-            qk.clone().slice_dim(1, 0..heads),
-            qk.slice_dim(1, heads..heads + kv),
-            qkv.slice_dim(1, heads + kv..heads + 2 * kv),
-        )
+        }
     }
 
-    fn attend(&self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<3> {
-        let [batch, heads, length, head_dim] = q.dims();
-        let options = FlashAttentionOptions {
+    fn heads(&self) -> Heads {
+        Heads {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+        }
+    }
+
+    fn options(&self, device: &Device) -> FlashAttentionOptions {
+        FlashAttentionOptions {
             causal: self.causal,
             window: self.window,
-            dropout: self.draw_dropout(&q.device()),
+            dropout: self.draw_dropout(device),
             ..FlashAttentionOptions::default()
-        };
-        let y = flash_attention(q, k, v, &options).swap_dims(1, 2).reshape([
-            batch,
-            length,
-            heads * head_dim,
-        ]);
-        self.out.forward(y)
+        }
     }
 
     /// The part of the cache that a later token can see.

@@ -1,13 +1,13 @@
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::RmsNorm;
-use burn::tensor::activation::gelu;
 use burn::tensor::{Device, Tensor};
 use mamba_ssm_linear::{Linear, LinearConfig};
 
 use super::norm::project_normalised;
 use crate::AttentionError;
 use crate::error::at_least_one;
+use crate::ops::gelu::gelu;
 
 /// Configuration of [`Mlp`].
 #[derive(Config, Debug)]

@@ -8,17 +8,17 @@ use burn::nn::RmsNorm;
 use burn::tensor::Tensor;
 use mamba_ssm_linear::{Linear, project};
 
-/// `n(x)`, in the type of `x`, computed in that of the weight: half precision has not the digits for it.
-fn normalise(norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
-    let (own, wide) = (x.dtype(), norm.gamma.val().dtype());
-    let x = x.cast(wide);
-    let size = (x.clone().square().mean_dim(2) + norm.epsilon).sqrt();
-    (x / size).cast(own)
+use crate::ops::normalise::normalise;
+
+/// `n(x)`, in the type of `x`, computed in that of the weight or in f32: half precision has not the digits
+/// for it.
+fn normed(norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
+    normalise(x, norm.epsilon, norm.gamma.val().dtype().into())
 }
 
 /// The norm of `x` through a projection.
 pub(crate) fn project_normalised(linear: &Linear, norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
-    let x = normalise(norm, x);
+    let x = normed(norm, x);
     let weight = linear.weight.val() * norm.gamma.val().unsqueeze_dim(1);
     project(x, weight, linear.bias.as_ref().map(|bias| bias.val()))
 }
@@ -28,7 +28,7 @@ pub(crate) fn normalised(norm: &RmsNorm, x: Tensor<3>) -> Tensor<3> {
     let gamma = norm.gamma.val();
     let width = gamma.dims()[0];
     let ones = Tensor::<2>::eye(width, &gamma.device()).cast(gamma.dtype());
-    project(normalise(norm, x), ones * gamma.unsqueeze_dim(1), None)
+    project(normed(norm, x), ones * gamma.unsqueeze_dim(1), None)
 }
 
 #[cfg(test)]

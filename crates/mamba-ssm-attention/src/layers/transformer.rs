@@ -7,6 +7,7 @@ use super::norm::normalised;
 use super::{Attention, AttentionConfig, AttentionState, Mlp, MlpConfig};
 use crate::AttentionError;
 use crate::error::{at_least_one, positive, probability};
+use crate::ops::residual::add_dropped;
 use crate::ops::rotary::RotaryTable;
 
 /// Configuration of [`Transformer`]. With `d_model = 64` the defaults are those of the published
@@ -127,7 +128,7 @@ impl TransformerBlock {
         let y = self
             .attention
             .forward_with(x.clone(), Some(&self.attention_norm), table);
-        let x = x + self.dropout.forward(y);
+        let x = add_dropped(x, y, &self.dropout);
         self.feed_forward(x)
     }
 
@@ -141,12 +142,12 @@ impl TransformerBlock {
         let (y, state) = self
             .attention
             .forward_from_with(x.clone(), norm, state, table);
-        (self.feed_forward(x + self.dropout.forward(y)), state)
+        (self.feed_forward(add_dropped(x, y, &self.dropout)), state)
     }
 
     fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
         let y = self.mlp.forward_normalised(&self.mlp_norm, x.clone());
-        x + self.dropout.forward(y)
+        add_dropped(x, y, &self.dropout)
     }
 }
 

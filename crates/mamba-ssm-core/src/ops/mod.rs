@@ -10,7 +10,6 @@ pub mod ssd;
 
 #[cfg(feature = "cubecl")]
 mod cube;
-mod device;
 #[cfg(feature = "flex")]
 pub(crate) mod native;
 mod optional;

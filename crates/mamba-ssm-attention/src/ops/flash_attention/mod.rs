@@ -4,7 +4,7 @@
 //! 2023, algorithms 1 and 2; the conventions are those of the official `flash_attn_func`.
 
 mod autodiff;
-mod backend;
+pub(crate) mod backend;
 #[cfg(feature = "flex")]
 mod cpu;
 #[cfg(feature = "cubecl")]

@@ -112,6 +112,11 @@ impl FlashAttentionOptions {
             );
         }
         self.check_numbers();
+        self.spec(dim)
+    }
+
+    /// What backends take, for heads of `dim` features.
+    pub(crate) fn spec(&self, dim: usize) -> Spec {
         Spec {
             causal: self.causal,
             scale: self.scale.unwrap_or((dim as f64).powf(-0.5)),

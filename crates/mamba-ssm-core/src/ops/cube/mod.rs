@@ -7,16 +7,17 @@ pub(crate) mod reduce;
 pub(crate) mod tile;
 
 use burn::backend::Scalar;
-use burn::backend::cubecl::dtype_to_elem_type;
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, FloatDType, Shape};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
+pub(crate) use mamba_ssm_linear::cube::{
+    address_type, alone, common_vector, elem, empty_like, grid,
+};
 
 /// How a cube works together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,25 +85,6 @@ pub(crate) fn tile_dtype(client: &Client, input: DType) -> DType {
     }
 }
 
-/// A new tensor on the device of another.
-pub(crate) fn empty_like<const D: usize>(
-    tensor: &CubeTensor,
-    shape: [usize; D],
-    dtype: DType,
-) -> CubeTensor {
-    empty_device_contiguous_dtype(
-        tensor.client.clone(),
-        tensor.device.clone(),
-        Shape::new(shape),
-        dtype,
-    )
-}
-
-/// The kernels' name of a type.
-pub(crate) fn elem(dtype: DType) -> ElemType {
-    dtype_to_elem_type(dtype)
-}
-
 /// As [`empty_like`], f32, filled with a value.
 pub(crate) fn filled<const D: usize>(
     tensor: &CubeTensor,
@@ -120,18 +102,4 @@ pub(crate) fn filled<const D: usize>(
 /// A parameter as the kernels read it.
 pub(crate) fn as_f32(tensor: CubeTensor) -> CubeTensor {
     into_contiguous(CubeBackend::float_cast(tensor, FloatDType::F32))
-}
-
-/// What indices into all of these tensors need: 32 bits, or 64 where those would wrap.
-pub(crate) fn address_type(tensors: &[&CubeTensor]) -> AddressType {
-    let types = tensors.iter().map(|tensor| tensor.required_address_type());
-    types.max().unwrap_or_default()
-}
-
-/// A grid of `cubes` cubes in a row, bent where the device limits an axis. Kernels leave at once where
-/// `CUBE_POS` is not below `cubes`.
-pub(crate) fn grid(cubes: usize) -> CubeCount {
-    // Devices limit each axis of the grid to 65,535.
-    let x = cubes.clamp(1, 32_768);
-    CubeCount::Static(x as u32, cubes.div_ceil(x) as u32, 1)
 }

@@ -4,6 +4,8 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
+use super::common_vector;
+
 /// Row `r` starts at `offset + r * row`.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 pub(crate) struct Place {
@@ -70,13 +72,4 @@ impl Rows {
             &[self.offset, self.row, width],
         )
     }
-}
-
-/// The largest power of two up to `most` that divides all of `numbers`.
-pub(crate) fn common_vector(most: usize, numbers: &[usize]) -> usize {
-    let mut vector = most;
-    while vector > 1 && numbers.iter().any(|n| !n.is_multiple_of(vector)) {
-        vector /= 2;
-    }
-    vector
 }

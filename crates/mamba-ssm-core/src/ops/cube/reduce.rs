@@ -8,7 +8,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::place::{Place, Rows};
-use super::{address_type, elem, empty_like, grid};
+use super::{address_type, alone, elem, empty_like, grid};
 
 /// Rows of a slice.
 const SLICE: usize = 64;
@@ -34,7 +34,7 @@ pub(crate) fn sum_rows(x: CubeTensor, rows: usize, columns: usize) -> CubeTensor
     loop {
         let slices = rows.div_ceil(SLICE);
         let out = empty_like(&x, [slices * columns], DType::F32);
-        let units = 256.min(x.client.properties().hardware.max_units_per_cube as usize);
+        let units = alone(&x);
         let client = x.client.clone();
         sum_slices::launch(
             &client,
@@ -76,7 +76,7 @@ fn sum_parts<O: Float>(
 
 /// Sums the parts of `[count, rows, width]`, f32, into the rows of another tensor.
 pub(crate) fn sum_parts_into(parts: CubeTensor, [count, rows, width]: [usize; 3], to: &Rows) {
-    let units = 256.min(parts.client.properties().hardware.max_units_per_cube as usize);
+    let units = alone(&parts);
     let client = parts.client.clone();
     sum_parts::launch(
         &client,

@@ -11,8 +11,8 @@ mod reference;
 use backend::{NormBackend, Operands, Spec};
 use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Tensor};
+use mamba_ssm_linear::device::has_kernels;
 
-use crate::ops::device::has_kernels;
 use crate::ops::optional::Optional;
 use crate::ops::precision::{narrow_to, widen};
 

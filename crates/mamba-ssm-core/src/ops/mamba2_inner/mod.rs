@@ -12,8 +12,8 @@ mod cube;
 use backend::{InnerBackend, Operands};
 use burn::backend::Dispatch;
 use burn::tensor::{FloatDType, Tensor};
+use mamba_ssm_linear::device::has_kernels;
 
-use crate::ops::device::has_kernels;
 use crate::ops::optional::Optional;
 use crate::ops::precision::widen;
 

@@ -13,8 +13,8 @@ mod reference;
 use backend::{Operands, Spec, SsdBackend};
 use burn::backend::Dispatch;
 use burn::tensor::{DType, FloatDType, Tensor, activation};
+use mamba_ssm_linear::device::has_kernels;
 
-use crate::ops::device::has_kernels;
 use crate::ops::optional::Optional;
 use crate::ops::precision::{compute_dtype, narrow_to, widen};
 

@@ -1,11 +1,10 @@
 //! Launches of the kernels: memory and arguments.
 
-use burn::backend::cubecl::dtype_to_elem_type;
-use burn::tensor::{DType, Shape};
+use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
+use mamba_ssm_linear::cube::{address_type, elem, empty_like, grid};
 
 use super::backward::{backward_keys, backward_queries};
 use super::common::{CallLaunch, Plan};
@@ -47,13 +46,9 @@ impl<'a> Sizes<'a> {
         self.grid(self.batch * self.kv_heads, self.lk.div_ceil(block))
     }
 
-    /// A grid of `blocks` cubes for each of `planes` planes, bent where the device limits an axis; kernels
-    /// leave at once where `CUBE_POS` is not below the number of cubes.
+    /// A grid of `blocks` cubes for each of `planes` planes.
     fn grid(&self, planes: usize, blocks: usize) -> (CubeCount, CallLaunch) {
         let cubes = planes * blocks;
-        // Devices limit each axis of the grid to 65,535.
-        let x = cubes.min(32_768);
-        let count = CubeCount::Static(x as u32, cubes.div_ceil(x) as u32, 1);
         let words = self
             .spec
             .dropout
@@ -74,24 +69,15 @@ impl<'a> Sizes<'a> {
             self.spec.dropout.as_ref().map_or(0, dropout::threshold),
             self.spec.dropout.map_or(1.0, |d| 1.0 / (1.0 - d.prob)) as f32,
         );
-        (count, call)
+        (grid(cubes), call)
     }
-}
-
-fn empty_like(tensor: &CubeTensor, shape: Shape, dtype: DType) -> CubeTensor {
-    empty_device_contiguous_dtype(tensor.client.clone(), tensor.device.clone(), shape, dtype)
-}
-
-fn address_type(tensors: &[&CubeTensor]) -> AddressType {
-    let types = tensors.iter().map(|tensor| tensor.required_address_type());
-    types.max().unwrap_or_default()
 }
 
 /// The padding, or something to pass in its place.
 fn padding_or_dummy(padding: Option<CubeTensor>, like: &CubeTensor) -> CubeTensor {
     match padding {
         Some(padding) => into_contiguous(padding),
-        None => empty_like(like, Shape::new([1]), DType::F32),
+        None => empty_like(like, [1], DType::F32),
     }
 }
 
@@ -105,9 +91,9 @@ pub(super) fn forward(
     let sizes = Sizes::new(&q, &k, spec);
     let padding = padding_or_dummy(padding, &q);
     let out = empty_like(&q, q.meta.shape.clone(), q.dtype);
-    let lse_shape = Shape::new([sizes.batch, sizes.heads, sizes.lq, 1]);
+    let lse_shape = [sizes.batch, sizes.heads, sizes.lq, 1];
     let lse = empty_like(&q, lse_shape, DType::F32);
-    let (client, elem) = (q.client.clone(), dtype_to_elem_type(q.dtype));
+    let (client, elem) = (q.client.clone(), elem(q.dtype));
     let addresses = address_type(&[&q, &k, &lse]);
     macro_rules! launch {
         ($kernel:ident, $plan:expr) => {{
@@ -190,7 +176,7 @@ fn queries(
                     delta.clone().into_buffer_arg(),
                     call,
                     plan,
-                    dtype_to_elem_type(q.dtype),
+                    elem(q.dtype),
                 )
             }
         }};
@@ -212,7 +198,7 @@ fn keys(
 ) -> (CubeTensor, CubeTensor) {
     let [q, k, v, _, lse, dout] = tensors;
     let [dk, dv] = [&k, &v].map(|x| empty_like(x, x.meta.shape.clone(), x.dtype));
-    let (client, elem) = (q.client.clone(), dtype_to_elem_type(q.dtype));
+    let (client, elem) = (q.client.clone(), elem(q.dtype));
     let addresses = address_type(&[&q, &k, &lse]);
     macro_rules! launch {
         ($kernel:ident, $plan:expr) => {{

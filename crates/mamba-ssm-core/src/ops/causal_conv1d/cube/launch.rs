@@ -8,7 +8,8 @@ use cubecl::prelude::*;
 
 use super::backward::backward as backward_kernel;
 use super::forward::{CallLaunch, Plan, forward as forward_kernel};
-use crate::ops::cube::place::{Rows, common_vector};
+use crate::ops::cube::common_vector;
+use crate::ops::cube::place::Rows;
 use crate::ops::cube::reduce::sum_rows;
 use crate::ops::cube::{address_type, as_f32, elem, empty_like, grid};
 

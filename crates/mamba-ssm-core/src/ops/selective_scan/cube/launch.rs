@@ -11,9 +11,8 @@ use cubecl::prelude::*;
 use super::backward::{backward as backward_kernel, sum_blocks};
 use super::common::{CallLaunch, GroupStridesLaunch, Plan, StridesLaunch};
 use super::forward::forward as forward_kernel;
-use crate::ops::cube::place::common_vector;
 use crate::ops::cube::reduce::sum_rows;
-use crate::ops::cube::{address_type, as_f32, elem, empty_like, grid};
+use crate::ops::cube::{address_type, alone, as_f32, common_vector, elem, empty_like, grid};
 use crate::ops::selective_scan::backend::{Forward, Gradients, Operands, chunk};
 
 /// Units of a cube; fewer where the states of a channel need fewer or the device has fewer.
@@ -410,7 +409,7 @@ impl Scan {
         let shape = [self.batch, self.length, self.groups, self.state];
         let sums = [0, 1].map(|_| empty_like(&self.u, shape, self.b.dtype));
         let client = self.u.client.clone();
-        let units = 256.min(client.properties().hardware.max_units_per_cube as usize);
+        let units = alone(&self.u);
         let [b, c] = parts;
         sum_blocks::launch(
             &client,

@@ -1,9 +1,7 @@
 //! Launches of the kernels: memory and arguments.
 
-use burn::backend::cubecl::dtype_to_elem_type;
-use burn::tensor::{DType, Shape};
+use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
@@ -12,6 +10,7 @@ use super::matrix::{OuterCallLaunch, ProductCallLaunch, outer_matrix, product_ma
 use super::plain::{outer_plain, product_plain};
 use super::plan::{Plan, Problem};
 use super::reduce::{ReduceCallLaunch, area, reduce};
+use crate::cube::{address_type, alone, elem, empty_like, grid};
 
 /// Widest read: 16 bytes.
 const WIDEST: usize = 16;
@@ -75,24 +74,6 @@ impl Rows {
     }
 }
 
-fn empty_like<const D: usize>(like: &CubeTensor, shape: [usize; D], dtype: DType) -> CubeTensor {
-    let (client, device) = (like.client.clone(), like.device.clone());
-    empty_device_contiguous_dtype(client, device, Shape::new(shape), dtype)
-}
-
-/// A grid of `cubes` cubes in a row, bent where the device limits an axis. Kernels leave at once where
-/// `CUBE_POS` is not below `cubes`.
-fn grid(cubes: usize) -> CubeCount {
-    // Devices limit each axis of the grid to 65,535.
-    let x = cubes.clamp(1, 32_768);
-    CubeCount::Static(x as u32, cubes.div_ceil(x) as u32, 1)
-}
-
-fn address_type(tensors: &[&CubeTensor]) -> AddressType {
-    let types = tensors.iter().map(|tensor| tensor.required_address_type());
-    types.max().unwrap_or_default()
-}
-
 /// `x weight + bias`, or `x weight^T`.
 pub(super) fn product(
     x: CubeTensor,
@@ -124,7 +105,7 @@ pub(super) fn product(
     // Without a bias anything will do in its place.
     let bias = bias.unwrap_or_else(|| weight.tensor.clone());
     let addresses = address_type(&[&x.tensor, &weight.tensor, &out.tensor]);
-    let types = [dtype, weight.tensor.dtype].map(dtype_to_elem_type);
+    let types = [dtype, weight.tensor.dtype].map(elem);
     // SAFETY: the kernels reach no element outside the matrices whose shapes and pitches they are given.
     unsafe {
         match plan {
@@ -204,7 +185,7 @@ pub(super) fn parameter_gradients(
         area,
     );
     let addresses = address_type(&[&x.tensor, &dy.tensor, &sums]);
-    let elem = dtype_to_elem_type(dtype);
+    let elem = elem(dtype);
     // SAFETY: as above; the sums have a whole number of blocks.
     unsafe {
         match plan {
@@ -252,7 +233,7 @@ fn reduced(
     let weight = empty_like(&sums, [d_input, d_output], dtype);
     let bias = empty_like(&sums, [d_output], dtype);
     let elements = d_input * d_output + if with_bias { d_output } else { 0 };
-    let units = 256.min(client.properties().hardware.max_units_per_cube as usize);
+    let units = alone(&sums);
     // SAFETY: units past the last element leave at once.
     unsafe {
         reduce::launch_unchecked(
@@ -266,7 +247,7 @@ fn reduced(
             call,
             AT_ONCE,
             with_bias,
-            dtype_to_elem_type(dtype),
+            elem(dtype),
         );
     }
     (weight, with_bias.then_some(bias))

@@ -1,54 +1,10 @@
-//! Every device's own implementation against the operator in f64 on Flex (itself held against plain
-//! loops by the unit tests): output and gradients, over shapes and options. Devices are those that the
-//! features compile in; one that is not there is skipped with a printed reason.
+//! Flash attention against the operator in f64 on Flex (itself held against plain loops by the unit tests):
+//! output and gradients, over shapes and options.
 
 use burn::tensor::{Bool, DType, Device, Distribution, FloatDType, Tensor, TensorData};
 use mamba_ssm_attention::{FlashAttentionOptions, flash_attention};
 
-/// A device with kernels.
-struct Tested {
-    device: Device,
-    dtypes: Vec<FloatDType>,
-    /// The widest head tested: CubeCL's CPU runtime takes half a minute to compile the kernels of a wide
-    /// one, whose code differs from that of a narrow one in nothing but the length of its loops.
-    widest: usize,
-}
-
-fn devices() -> Vec<Tested> {
-    #[allow(unused_mut)]
-    let mut devices: Vec<Tested> = Vec::new();
-    #[cfg(feature = "cpu")]
-    devices.push(Tested {
-        device: Device::cpu(),
-        dtypes: vec![FloatDType::F32],
-        widest: 8,
-    });
-    #[cfg(feature = "cuda")]
-    if Device::enumerate(burn::tensor::DeviceType::Cuda).is_empty() {
-        println!("skipped on CUDA: no such device");
-    } else {
-        devices.push(Tested {
-            device: Device::cuda(0),
-            dtypes: vec![FloatDType::F32, FloatDType::BF16, FloatDType::F16],
-            widest: usize::MAX,
-        });
-    }
-    if devices.is_empty() {
-        println!("skipped: built without a feature whose devices have kernels");
-    }
-    devices
-}
-
-/// Relative errors allowed for output and gradients.
-fn tolerance(dtype: FloatDType) -> (f64, f64) {
-    match dtype {
-        FloatDType::F32 => (5e-6, 2e-5),
-        // Weights and their gradients are rounded to the type before the second product, and the result
-        // after it: a few units of 2^-9, and of 2^-12.
-        FloatDType::BF16 => (1e-2, 1e-2),
-        _ => (2e-3, 2e-3),
-    }
-}
+use crate::{Tested, devices, relative_l2, tolerance};
 
 /// Batch, heads, key/value heads, length of queries, of keys, head size.
 type Shape = [usize; 6];
@@ -116,6 +72,7 @@ impl Problem {
             device,
             dtypes,
             widest,
+            ..
         } in devices()
         {
             if self.shape[5] > widest {
@@ -139,23 +96,6 @@ impl Problem {
             }
         }
     }
-}
-
-/// Infinite where something is not a number; absolute where nothing but zero is expected.
-fn relative_l2(found: &[f64], expected: &[f64]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    let off: f64 = found
-        .iter()
-        .zip(expected)
-        .map(|(f, e)| (f - e).powi(2))
-        .sum();
-    let size: f64 = expected.iter().map(|e| e * e).sum();
-    let error = if size == 0.0 {
-        off.sqrt()
-    } else {
-        (off / size).sqrt()
-    };
-    if error.is_nan() { f64::INFINITY } else { error }
 }
 
 fn options(causal: bool) -> FlashAttentionOptions {
