@@ -227,6 +227,22 @@ fn step_group(c: &mut Criterion) {
             });
         });
     }
+    let (name, layer, _) = layers().pop().expect("the note's layer is the last");
+    let stack = MambaStackConfig::new(layer.into(), 4).init(&device);
+    let mut graph = stack.step_graph(1);
+    let x = Tensor::<2>::random([1, stack.d_model()], Distribution::Default, &device);
+    let how = if graph.is_recorded() {
+        "recorded"
+    } else {
+        "not recorded"
+    };
+    group.bench_function(format!("{name}, 4 layers, one token, {how}"), |bench| {
+        bench.iter(|| {
+            let y = graph.step(x.clone());
+            finish(&device);
+            y
+        });
+    });
     group.finish();
 }
 

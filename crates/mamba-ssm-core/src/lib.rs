@@ -37,6 +37,7 @@
 //! - [`layers`]: [`Mamba1`] and [`Mamba2`], with `forward`, `forward_from` and `step`.
 //! - [`stack`]: a stack of layers, plain or pre-norm residual.
 //! - [`decode`]: one token at a time on the CPU, without allocating (feature `flex`).
+//! - [`step_graph`]: one token at a time on a GPU, as one launch.
 //! - [`checkpoint`]: the official parameter names, safetensors in and out.
 //!
 //! # Features
@@ -50,6 +51,7 @@ mod error;
 pub mod layers;
 pub mod ops;
 pub mod stack;
+pub mod step_graph;
 
 pub use checkpoint::{Checkpoint, CheckpointError, NamedTensor, StateDict};
 #[cfg(feature = "flex")]
@@ -61,3 +63,4 @@ pub use ops::gated_rms_norm::{GatedNormInput, GatedNormOptions, gated_rms_norm};
 pub use ops::selective_scan::{ScanInput, ScanOptions, ScanOutput, selective_scan};
 pub use ops::ssd::{SkipWeight, SsdInput, SsdOptions, SsdOutput, ssd};
 pub use stack::{MambaLayer, MambaLayerConfig, MambaStack, MambaStackConfig, StackState};
+pub use step_graph::StepGraph;

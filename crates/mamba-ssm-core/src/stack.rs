@@ -116,6 +116,13 @@ pub enum LayerState {
 pub type StackState = Vec<LayerState>;
 
 impl MambaLayer {
+    fn d_model(&self) -> usize {
+        match self {
+            Self::Mamba1(layer) => layer.config.d_model,
+            Self::Mamba2(layer) => layer.config.d_model,
+        }
+    }
+
     fn empty_state(&self, batch: usize, device: &Device) -> LayerState {
         match self {
             Self::Mamba1(layer) => LayerState::Mamba1(layer.empty_state(batch, device)),
@@ -172,6 +179,11 @@ impl MambaStack {
     /// Added to the mean square in the norms.
     pub fn norm_eps(&self) -> f64 {
         self.norm_eps
+    }
+
+    /// Width of a token.
+    pub fn d_model(&self) -> usize {
+        self.layers.first().map_or(0, MambaLayer::d_model)
     }
 
     /// The state before the first token: zeros.

@@ -14,4 +14,5 @@ mod long;
 mod native;
 mod selective_scan;
 mod ssd;
+mod step_graph;
 mod support;

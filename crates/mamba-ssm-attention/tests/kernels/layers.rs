@@ -97,14 +97,15 @@ fn solve<L: Layer>(
 fn check<L: Layer>(what: &str, init: &dyn Fn(&Device) -> L, shape: [usize; 3]) {
     let expected = solve(init, shape, &Device::flex(), FloatDType::F32);
     for tested in devices() {
-        for dtype in tested.dtypes {
+        // Kernels of f16 differ from those of bf16 in a type's name; compiling them takes most of the time.
+        let types = tested.dtypes.into_iter();
+        for dtype in types.filter(|dtype| *dtype != FloatDType::F16) {
             let found = solve(init, shape, &tested.device, dtype);
             let allowed = match dtype {
                 FloatDType::F32 if tested.tf32 => 5e-3,
                 FloatDType::F32 => 1e-4,
-                // Between the parts of a layer everything is rounded to the type, 2^-9 and 2^-12 of it.
-                FloatDType::BF16 => 4e-2,
-                _ => 5e-3,
+                // Between the parts of a layer everything is rounded to the type, by 2^-9.
+                _ => 4e-2,
             };
             assert_eq!(found.len(), expected.len());
             for (n, (found, expected)) in found.iter().zip(&expected).enumerate() {

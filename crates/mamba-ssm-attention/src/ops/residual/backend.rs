@@ -1,5 +1,8 @@
 //! What a backend implements to run [`add_dropped`](super::add_dropped()) natively.
 
+// Without kernels there is nothing to route a call to.
+#![cfg_attr(not(feature = "cubecl"), allow(unused_variables))]
+
 #[cfg(feature = "cubecl")]
 use burn::backend::fusion::custom::TensorSpec;
 use burn::backend::tensor::FloatTensor;

@@ -27,6 +27,9 @@ const UNITS: usize = 128;
 /// Planes of a cube on matrix units.
 const PLANES: usize = 4;
 
+/// Keys that the forward pass on matrix units meets at once; divides every tile.
+const AT_ONCE: usize = 32;
+
 /// Shared memory every device with matrix units has.
 const SHARED: usize = 48 * 1024;
 
@@ -57,7 +60,11 @@ impl Kernels {
         let dim = q.meta.shape[3];
         let matrix = dim.is_multiple_of(VECTOR) && dim <= MAX_MATRIX_DIM && spec.scale >= 0.0;
         if matrix && has_matrix_units(q) {
-            return Some(Self::Matrix(MatrixPlans::new(dim, mask)));
+            return Some(Self::Matrix(MatrixPlans::new(
+                dim,
+                mask,
+                q.dtype == DType::F16,
+            )));
         }
         let floats = matches!(q.dtype, DType::F32 | DType::F16 | DType::BF16);
         let most = q.client.properties().hardware.max_units_per_cube as usize;
@@ -89,13 +96,15 @@ fn has_matrix_units(q: &CubeTensor) -> bool {
 }
 
 impl MatrixPlans {
-    pub(super) fn new(dim: usize, mask: Mask) -> Self {
+    pub(super) fn new(dim: usize, mask: Mask, fine: bool) -> Self {
         let plan = |frags| {
             let mut plan = MatrixPlan {
                 dim,
                 planes: PLANES,
                 frags,
                 tile: 64,
+                at_once: AT_ONCE,
+                fine,
                 mask,
             };
             while plan.shared_bytes() > SHARED {

@@ -134,8 +134,13 @@ pub(super) fn backward<I: Float, W: Size, V: Size, X: Size>(
     let mut deltas = Array::<Vector<I, W>>::new(comptime!(plan.own_spots()));
     let mut zs = Array::<Vector<I, W>>::new(comptime!(plan.own_spots()));
     let mut dys = Array::<Vector<I, W>>::new(comptime!(plan.own_spots()));
+    let mut next = incoming::<I, W>(plan);
+    let mut next_dys = Array::<Vector<I, W>>::new(comptime!(plan.own_spots()));
+    let last = (call.chunks - 1) * comptime!(plan.tokens);
+    fetch_tile::<I, W>(u, delta, z, b, c, &own, last, call, &mut next, plan);
     #[unroll]
     for i in 0..comptime!(plan.own_spots()) {
+        next_dys[i] = fetch::<I, W>(dy, dy_strides, &own, last, call, i, plan);
         put::<W>(Vector::new(0.0f32), &mut memory.skips, i, plan);
         put::<W>(Vector::new(0.0f32), &mut memory.biases, i, plan);
     }
@@ -145,14 +150,14 @@ pub(super) fn backward<I: Float, W: Size, V: Size, X: Size>(
         let start = chunk * comptime!(plan.tokens);
         #[unroll]
         for i in 0..comptime!(plan.own_spots()) {
-            us[i] = fetch::<I, W>(u, &call.u, &own, start, call, i, plan);
-            deltas[i] = fetch::<I, W>(delta, &call.delta, &own, start, call, i, plan);
-            dys[i] = fetch::<I, W>(dy, dy_strides, &own, start, call, i, plan);
+            us[i] = next.u[i];
+            deltas[i] = next.delta[i];
+            dys[i] = next_dys[i];
             let raw = raw_step::<I, W>(deltas[i], bias, &own, i, plan);
             let step = step::<W>(raw, &own, start, call, i, plan);
             let mut gradient = Vector::<f32, W>::cast_from(dys[i]);
             if comptime!(plan.gate) {
-                zs[i] = fetch::<I, W>(z, &call.z, &own, start, call, i, plan);
+                zs[i] = next.z[i];
                 let gate = Vector::<f32, W>::cast_from(zs[i]);
                 gradient *= gate * sigmoid::<W>(gate);
             }
@@ -160,10 +165,17 @@ pub(super) fn backward<I: Float, W: Size, V: Size, X: Size>(
             put::<W>(step * Vector::cast_from(us[i]), &mut memory.added, i, plan);
             put::<W>(gradient, &mut memory.dy, i, plan);
         }
-        load_group::<I>(b, &call.b, &own, start, call, &mut memory.b, plan);
-        load_group::<I>(c, &call.c, &own, start, call, &mut memory.c, plan);
+        put_group::<I>(&next.b, &mut memory.b, plan);
+        put_group::<I>(&next.c, &mut memory.c, plan);
         take::<V>(&mut h, states, chunk, &own, call, plan);
         sync_cube();
+        // Before the first chunk there is none: it is read again.
+        let before = max(start, comptime!(plan.tokens)) - comptime!(plan.tokens);
+        fetch_tile::<I, W>(u, delta, z, b, c, &own, before, call, &mut next, plan);
+        #[unroll]
+        for i in 0..comptime!(plan.own_spots()) {
+            next_dys[i] = fetch::<I, W>(dy, dy_strides, &own, before, call, i, plan);
+        }
         repeat::<V>(&mut h, &rates, &mut memory, plan);
         if comptime!(plan.gate) {
             sync_cube();

@@ -124,6 +124,11 @@ impl Plan {
         self.spots().div_ceil(self.units)
     }
 
+    /// Numbers of a tile of B or C that a unit brings in.
+    pub(super) fn own_group(&self) -> usize {
+        (self.tokens * self.padded()).div_ceil(self.units)
+    }
+
     /// Elements read at once of what the units of a channel found.
     pub(super) fn part_vector(&self) -> usize {
         self.split.min(4)
@@ -256,12 +261,11 @@ pub(super) fn fetch<I: Float, W: Size>(
     #[comptime] i: usize,
     #[comptime] plan: Plan,
 ) -> Vector<I, W> {
-    let mut value = Vector::<I, W>::new(I::from_int(0));
-    if exists(own, start, call, i, plan) {
-        let from = from.as_vectorized().with_vector_size::<W>();
-        value = from[place(at, own, start, i, plan)];
-    }
-    value
+    let from = from.as_vectorized().with_vector_size::<W>();
+    let exists = exists(own, start, call, i, plan);
+    // A select rather than a branch, so that the reads do not wait for each other.
+    let value = from[select(exists, place(at, own, start, i, plan), 0usize)];
+    select(exists, value, Vector::new(I::from_int(0)))
 }
 
 /// Writes a unit's `i`th vector, if it exists.
@@ -387,34 +391,105 @@ pub(super) fn total<V: Size>(vector: Vector<f32, V>, #[comptime] size: usize) ->
     sum
 }
 
-/// Brings in the group's rows of B or C; zeros past the length and in the padding of the state.
+/// The token and state of a unit's `i`th number of a tile of B or C.
 #[cube]
-pub(super) fn load_group<I: Float>(
+fn group_spot(i: usize, #[comptime] plan: Plan) -> (usize, usize) {
+    let n = UNIT_POS as usize + i * comptime!(plan.units);
+    let mut token = n / comptime!(plan.padded());
+    let mut state = n % comptime!(plan.padded());
+    if comptime!(plan.group_by_token) {
+        token = n % comptime!(plan.tokens);
+        state = n / comptime!(plan.tokens);
+    }
+    (token, state)
+}
+
+/// Reads a unit's numbers of the group's rows of B or C into registers; zeros past the length and in the
+/// padding of the state.
+#[cube]
+fn fetch_group<I: Float>(
     from: &[I],
     at: &GroupStrides,
     own: &Own,
     start: usize,
     call: &Call,
-    tile: &mut Shared<[f32]>,
+    into: &mut Array<I>,
     #[comptime] plan: Plan,
 ) {
     let base = own.batch * at.batch + own.group * at.group;
-    let mut n = UNIT_POS as usize;
-    while n < comptime!(plan.tokens * plan.padded()) {
-        let mut token = n / comptime!(plan.padded());
-        let mut state = n % comptime!(plan.padded());
-        if comptime!(plan.group_by_token) {
-            token = n % comptime!(plan.tokens);
-            state = n / comptime!(plan.tokens);
-        }
-        let mut value = 0.0f32;
-        if start + token < call.length && state < comptime!(plan.state) {
-            let place = base + (start + token) * at.token + state * at.state;
-            value = f32::cast_from(from[place]);
-        }
-        tile[token * comptime!(plan.group_stride()) + state] = value;
-        n += comptime!(plan.units);
+    #[unroll(plan.unroll)]
+    for i in 0..comptime!(plan.own_group()) {
+        let (token, state) = group_spot(i, plan);
+        let exists = token < comptime!(plan.tokens)
+            && start + token < call.length
+            && state < comptime!(plan.state);
+        let place = base + (start + token) * at.token + state * at.state;
+        let value = from[select(exists, place, 0usize)];
+        into[i] = select(exists, value, I::from_int(0));
     }
+}
+
+/// Writes them into shared memory.
+#[cube]
+pub(super) fn put_group<I: Float>(
+    values: &Array<I>,
+    tile: &mut Shared<[f32]>,
+    #[comptime] plan: Plan,
+) {
+    #[unroll(plan.unroll)]
+    for i in 0..comptime!(plan.own_group()) {
+        let (token, state) = group_spot(i, plan);
+        if token < comptime!(plan.tokens) && state < comptime!(plan.padded()) {
+            tile[token * comptime!(plan.group_stride()) + state] = f32::cast_from(values[i]);
+        }
+    }
+}
+
+/// A unit's share of a tile, on its way from memory while the tile before is at work.
+#[derive(CubeType)]
+pub(super) struct Incoming<I: Float, W: Size> {
+    pub(super) u: Array<Vector<I, W>>,
+    pub(super) delta: Array<Vector<I, W>>,
+    pub(super) z: Array<Vector<I, W>>,
+    pub(super) b: Array<I>,
+    pub(super) c: Array<I>,
+}
+
+#[cube]
+pub(super) fn incoming<I: Float, W: Size>(#[comptime] plan: Plan) -> Incoming<I, W> {
+    Incoming::<I, W> {
+        u: Array::new(comptime!(plan.own_spots())),
+        delta: Array::new(comptime!(plan.own_spots())),
+        z: Array::new(comptime!(plan.own_spots())),
+        b: Array::new(comptime!(plan.own_group())),
+        c: Array::new(comptime!(plan.own_group())),
+    }
+}
+
+/// Reads a unit's share of the tile that starts at token `start`.
+#[cube]
+pub(super) fn fetch_tile<I: Float, W: Size>(
+    u: &[I],
+    delta: &[I],
+    z: &[I],
+    b: &[I],
+    c: &[I],
+    own: &Own,
+    start: usize,
+    call: &Call,
+    into: &mut Incoming<I, W>,
+    #[comptime] plan: Plan,
+) {
+    #[unroll]
+    for i in 0..comptime!(plan.own_spots()) {
+        into.u[i] = fetch::<I, W>(u, &call.u, own, start, call, i, plan);
+        into.delta[i] = fetch::<I, W>(delta, &call.delta, own, start, call, i, plan);
+        if comptime!(plan.gate) {
+            into.z[i] = fetch::<I, W>(z, &call.z, own, start, call, i, plan);
+        }
+    }
+    fetch_group::<I>(b, &call.b, own, start, call, &mut into.b, plan);
+    fetch_group::<I>(c, &call.c, own, start, call, &mut into.c, plan);
 }
 
 /// The channel of a unit's share, counted from the block's first.

@@ -47,23 +47,26 @@ pub(super) fn forward<I: Float, W: Size, V: Size, X: Size>(
     let mut h = first_state::<V>(initial, &own, call, plan);
     let mut us = Array::<Vector<I, W>>::new(comptime!(plan.own_spots()));
     let mut zs = Array::<Vector<I, W>>::new(comptime!(plan.own_spots()));
+    let mut next = incoming::<I, W>(plan);
     let mut start = 0usize;
+    fetch_tile::<I, W>(u, delta, z, b, c, &own, start, call, &mut next, plan);
     while start < call.length {
         #[unroll]
         for i in 0..comptime!(plan.own_spots()) {
-            us[i] = fetch::<I, W>(u, &call.u, &own, start, call, i, plan);
+            us[i] = next.u[i];
             if comptime!(plan.gate) {
-                zs[i] = fetch::<I, W>(z, &call.z, &own, start, call, i, plan);
+                zs[i] = next.z[i];
             }
-            let raw = fetch::<I, W>(delta, &call.delta, &own, start, call, i, plan);
-            let raw = raw_step::<I, W>(raw, bias, &own, i, plan);
+            let raw = raw_step::<I, W>(next.delta[i], bias, &own, i, plan);
             let step = step::<W>(raw, &own, start, call, i, plan);
             put::<W>(step, &mut steps, i, plan);
             put::<W>(step * Vector::cast_from(us[i]), &mut added, i, plan);
         }
-        load_group::<I>(b, &call.b, &own, start, call, &mut b_tile, plan);
-        load_group::<I>(c, &call.c, &own, start, call, &mut c_tile, plan);
+        put_group::<I>(&next.b, &mut b_tile, plan);
+        put_group::<I>(&next.c, &mut c_tile, plan);
         sync_cube();
+        let then = start + comptime!(plan.tokens);
+        fetch_tile::<I, W>(u, delta, z, b, c, &own, then, call, &mut next, plan);
         for block in 0..comptime!(plan.tokens / STEP) {
             if comptime!(plan.keep) {
                 keep::<V>(&h, states, start + block * STEP, &own, call, plan);
@@ -85,7 +88,7 @@ pub(super) fn forward<I: Float, W: Size, V: Size, X: Size>(
             }
             send::<I, W>(value, y, &own, start, call, i, plan);
         }
-        start += comptime!(plan.tokens);
+        start = then;
     }
     let row = own.batch * call.dim * comptime!(plan.state);
     write_states::<V>(&h, last, row, &own, plan);

@@ -160,8 +160,9 @@ impl Scan {
         let mut units = UNITS.min(most).min(CHANNELS * split / shares).max(split);
         let plane = hardware.plane_size_min as usize;
         let fixed = planes && hardware.plane_size_max as usize == plane;
-        // Smaller cubes where there are too few to keep the device busy.
-        let enough = 2 * hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
+        // Smaller cubes where there are too few to keep the device busy; larger ones leave fewer gradients of
+        // B and C to add up.
+        let enough = hardware.num_streaming_multiprocessors.unwrap_or(1) as usize;
         let cubes = |units: usize| {
             let channels = units / split * shares;
             self.batch * self.groups * (self.dim / self.groups).div_ceil(channels)

@@ -13,7 +13,8 @@ use cubecl::prelude::*;
 
 use super::tiles::{
     COLUMNS, Eight, MatrixPlan, Operand, PLANE, Pair, SIDE, Sum, accumulate, across, along,
-    as_left, clear, exponent, fetch, lifted, load_rows, powers, put, scores, write_rows, zeros,
+    as_left, clear, exponent, fetch, lifted, load_rows, multiply, powers, put, scores, write_rows,
+    zeros,
 };
 use crate::ops::flash_attention::cube::common::{
     Call, HIDDEN, column_key, end_key, first_key, kept, load_padding, row_key,
@@ -28,8 +29,8 @@ const NEAR: f32 = 8.0;
 struct Rows {
     out: Sequence<Sum>,
     top: Array<f32>,
-    /// Of the unit's own columns.
-    sum: Array<f32>,
+    /// Of the weights, by block: in every column the same.
+    sum: Sequence<Sum>,
 }
 
 /// Where a plane stands.
@@ -85,12 +86,11 @@ pub(in super::super) fn forward_matrix<E: Float>(
     let mut rows = Rows {
         out: zeros(comptime!(plan.frags * plan.columns())),
         top: Array::new(comptime!(2 * plan.frags)),
-        sum: Array::new(comptime!(2 * plan.frags)),
+        sum: zeros(plan.frags),
     };
     #[unroll]
     for row in 0..comptime!(2 * plan.frags) {
         rows.top[row] = HIDDEN;
-        rows.sum[row] = 0.0f32;
     }
 
     let tile = comptime!(plan.tile as u32);
@@ -135,25 +135,30 @@ pub(in super::super) fn forward_matrix<E: Float>(
         sync_cube();
         fetch::<E>(k, kv, start + tile, call.lk, &mut next_keys, plan);
         fetch::<E>(v, kv, start + tile, call.lk, &mut next_values, plan);
-        let place = Place {
-            plane,
-            first,
-            start,
-            token,
-        };
-        if start < sees_to && start + tile > sees_from {
-            if comptime!(mask.padding) {
-                visit::<E>(
-                    &queries, &mut rows, &keys, &values, &hidden, &place, call, plan, true,
-                );
-            } else if start >= clear_from && start + tile <= clear_to {
-                visit::<E>(
-                    &queries, &mut rows, &keys, &values, &hidden, &place, call, plan, false,
-                );
-            } else {
-                visit::<E>(
-                    &queries, &mut rows, &keys, &values, &hidden, &place, call, plan, true,
-                );
+        for part in 0..comptime!((plan.tile / plan.at_once) as u32) {
+            let beyond = part * comptime!(plan.at_once as u32);
+            let place = Place {
+                plane,
+                first,
+                start: start + beyond,
+                token: token + beyond as usize,
+            };
+            let end = place.start + comptime!(plan.at_once as u32);
+            let plan = comptime!(plan.part());
+            if place.start < sees_to && end > sees_from {
+                if comptime!(mask.padding) {
+                    visit::<E>(
+                        &queries, &mut rows, &keys, &values, &hidden, &place, call, plan, true,
+                    );
+                } else if place.start >= clear_from && end <= clear_to {
+                    visit::<E>(
+                        &queries, &mut rows, &keys, &values, &hidden, &place, call, plan, false,
+                    );
+                } else {
+                    visit::<E>(
+                        &queries, &mut rows, &keys, &values, &hidden, &place, call, plan, true,
+                    );
+                }
             }
         }
         start += tile;
@@ -163,9 +168,8 @@ pub(in super::super) fn forward_matrix<E: Float>(
     let mut shares = Array::<f32>::new(comptime!(2 * plan.frags));
     #[unroll]
     for row in 0..comptime!(2 * plan.frags) {
-        let mut sum = rows.sum[row];
-        sum += plane_shuffle_xor(sum, 1u32);
-        sum += plane_shuffle_xor(sum, 2u32);
+        let sums = &rows.sum[comptime!(row / 2)];
+        let sum = sums[comptime!(row % 2)].extract(0usize);
         let empty = sum == 0.0f32;
         let sum = select(empty, 1.0f32, sum);
         shares[row] = select(empty, 0.0f32, 1.0f32 / sum);
@@ -219,21 +223,60 @@ fn visit<E: Float>(
     #[unroll]
     for row in 0..comptime!(2 * plan.frags) {
         weigh(&mut blocks, row, rows, call, plan, masked);
-        if comptime!(plan.mask.dropout) {
+    }
+    if comptime!(plan.mask.dropout) {
+        // What is dropped counts in the sums.
+        #[unroll]
+        for part in 0..comptime!(plan.tile / SIDE) {
+            add_up::<E>(&lefts::<E>(&blocks, part, plan), &mut rows.sum, plan);
+        }
+        #[unroll]
+        for row in 0..comptime!(2 * plan.frags) {
             drop_some(&mut blocks, row, place, call, plan);
         }
     }
     let along = from + along(plan);
     #[unroll]
     for part in 0..comptime!(plan.tile / SIDE) {
-        let mut lefts = Sequence::<Operand<E>>::new();
-        #[unroll]
-        for frag in 0..comptime!(plan.frags) {
-            let n = comptime!(2 * (part * plan.frags + frag));
-            lefts.push(as_left::<E>(&blocks[n], &blocks[comptime!(n + 1)]));
+        let lefts = lefts::<E>(&blocks, part, plan);
+        if comptime!(!plan.mask.dropout) {
+            add_up::<E>(&lefts, &mut rows.sum, plan);
         }
         let at = along + comptime!(part * SIDE * plan.stride());
         accumulate::<E>(&lefts, values, at, &mut rows.out, plan);
+    }
+}
+
+/// The weights of sixteen keys as left operands, by block of queries.
+#[cube]
+fn lefts<E: Float>(
+    blocks: &Sequence<Sum>,
+    #[comptime] part: usize,
+    #[comptime] plan: MatrixPlan,
+) -> Sequence<Operand<E>> {
+    let mut lefts = Sequence::<Operand<E>>::new();
+    #[unroll]
+    for frag in 0..comptime!(plan.frags) {
+        let n = comptime!(2 * (part * plan.frags + frag));
+        lefts.push(as_left::<E>(&blocks[n], &blocks[comptime!(n + 1)]));
+    }
+    lefts
+}
+
+/// Adds the weights of sixteen keys to the sums: a product with ones, since matrix units have time to spare
+/// and the others have not.
+#[cube]
+fn add_up<E: Float>(
+    lefts: &Sequence<Operand<E>>,
+    sums: &mut Sequence<Sum>,
+    #[comptime] plan: MatrixPlan,
+) {
+    let mut ones = Operand::<E>::new(2usize);
+    ones[0] = Pair::<E>::new(E::from_int(1));
+    ones[1] = Pair::<E>::new(E::from_int(1));
+    #[unroll]
+    for frag in 0..comptime!(plan.frags) {
+        multiply::<E>(&lefts[frag], &ones, &mut sums[frag]);
     }
 }
 
@@ -300,9 +343,10 @@ fn raise(blocks: &Sequence<Sum>, rows: &mut Rows, call: &Call, #[comptime] plan:
         #[unroll]
         for row in 0..comptime!(2 * plan.frags) {
             let rescale = ((rows.top[row] - tops[row]) * call.scale).exp();
-            rows.sum[row] *= rescale;
             rows.top[row] = tops[row];
             let rescale = Pair::<f32>::new(rescale);
+            let sum = &mut rows.sum[comptime!(row / 2)];
+            sum[comptime!(row % 2)] = sum[comptime!(row % 2)] * rescale;
             #[unroll]
             for column in 0..comptime!(plan.columns()) {
                 let out = &mut rows.out[comptime!(row / 2 * plan.columns() + column)];
@@ -324,12 +368,11 @@ fn weigh(
 ) {
     let scale = exponent(call.scale);
     let shift = Pair::<f32>::new(lifted(-rows.top[row] * call.scale));
-    let mut sums = Pair::<f32>::new(0.0f32);
     #[unroll]
     for column in 0..comptime!(plan.tile_columns()) {
         let block = &mut blocks[comptime!(block_at(plan, row, column))];
         let pair = block[comptime!(row % 2)];
-        let mut weights = powers(pair, scale, shift);
+        let mut weights = powers(pair, scale, shift, plan);
         if comptime!(masked) {
             // While nothing has been seen, the hidden score is what scores are measured from.
             #[unroll]
@@ -338,10 +381,8 @@ fn weigh(
                 weights.insert(n, select(seen, weights.extract(n), 0.0f32));
             }
         }
-        sums += weights;
         block[comptime!(row % 2)] = weights;
     }
-    rows.sum[row] += sums.extract(0usize) + sums.extract(1usize);
 }
 
 /// Dropout of a query's weights.

@@ -283,7 +283,7 @@ fn weigh<E: Float>(
     for r in 0..2usize {
         let row = comptime!(2 * frag + r);
         let j = place.first + comptime!((row * 8) as u32) + UNIT_POS_PLANE / 4;
-        let mut p = powers(score[r], exponent(call.scale), lses[at]);
+        let mut p = powers(score[r], exponent(call.scale), lses[at], plan);
         let mut weight = p;
         let mut g = dp[r];
         #[unroll]

@@ -255,7 +255,7 @@ fn gradient<E: Float>(
     #[comptime] masked: bool,
 ) -> Pair<f32> {
     let shift = Pair::<f32>::new(lifted(-rows.lse[row]));
-    let mut p = powers(score, exponent(call.scale), shift);
+    let mut p = powers(score, exponent(call.scale), shift, plan);
     let mut dp = dp;
     let i = place.first + comptime!((row * 8) as u32) + UNIT_POS_PLANE / 4;
     let beyond = comptime!((column * COLUMNS) as u32) + UNIT_POS_PLANE % 4 * 2;
