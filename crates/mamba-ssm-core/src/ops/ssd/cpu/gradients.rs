@@ -515,8 +515,7 @@ fn unweigh(
 ) {
     let columns = padded(count);
     let (dts, _) = dt.as_chunks::<LANES>();
-    let (column_sums, _) = sums.as_chunks::<LANES>();
-    let mut by_column = [[0.0; LANES]; CHUNK / LANES];
+    let [mut decay, mut by_column] = [[[0.0; LANES]; CHUNK / LANES]; 2];
     for i in 0..count {
         let row = i * CHUNK..i * CHUNK + columns;
         let (scores, _) = squares.scores[row.clone()].as_chunks::<LANES>();
@@ -525,14 +524,14 @@ fn unweigh(
         let (weights, _) = squares.weights[row].as_chunks_mut::<LANES>();
         let (used, rest) = weights.split_at_mut(i / LANES + 1);
         let mut by_row = [0.0; LANES];
+        decays(sums, i, &mut decay);
         for (block, weights) in used.iter_mut().enumerate() {
-            let decay = decays(sums[i], &column_sums[block], i, block);
             let mut both = [0.0; LANES];
             for l in 0..LANES {
-                let ddecayed = dweights[block][l] * decay[l];
+                let ddecayed = dweights[block][l] * decay[block][l];
                 let dt = dts[block][l];
                 both[l] = ddecayed * scores[block][l];
-                weights[l] = scores[block][l] * decay[l] * dt;
+                weights[l] = scores[block][l] * decay[block][l] * dt;
                 dscores[block][l] += ddecayed * dt;
             }
             if block == i / LANES {
