@@ -171,9 +171,7 @@ fn weigh(count: usize, scores: &[f32], dt: &[f32], sums: &[f32], weights: &mut [
         let (used, rest) = weights.split_at_mut(i / LANES + 1);
         decays(sums, i, &mut decay);
         for (((weights, scores), decay), dt) in used.iter_mut().zip(scores).zip(&decay).zip(dt) {
-            for l in 0..LANES {
-                weights[l] = scores[l] * decay[l] * dt[l];
-            }
+            *weights = lanes::product(lanes::product(*scores, *decay), *dt);
         }
         rest.as_flattened_mut().fill(0.0);
     }
