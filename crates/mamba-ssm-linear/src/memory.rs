@@ -42,7 +42,7 @@ pub fn working(length: usize) -> Working {
         .filter(|(_, values)| values.len() >= length)
         .min_by_key(|(_, values)| values.len())
         .map(|(index, _)| index);
-    let values = best.map(|index| free.swap_remove(index));
+    let values = best.map(|index| free.remove(index));
     drop(free);
     Working {
         values: values.unwrap_or_else(|| zeros(length)),
