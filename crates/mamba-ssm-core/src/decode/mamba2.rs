@@ -217,18 +217,28 @@ impl Block {
 /// One block of channels through one token.
 #[inline(always)]
 fn advance(h: &mut [Lanes], decay: &Lanes, added: &Lanes, b: &[f32], c: &[f32]) -> Lanes {
-    // Two sums, so that an addition need not wait for the one before.
-    let mut sums = [[0.0; LANES]; 2];
-    for (n, ((h, b), c)) in h.iter_mut().zip(b).zip(c).enumerate() {
-        let sum = &mut sums[n % 2];
-        for l in 0..LANES {
-            h[l] = decay[l] * h[l] + added[l] * b;
-            sum[l] += h[l] * c;
-        }
+    // Sums of their own names, so that they stay in registers, and several of them, so that an addition
+    // need not wait for the one before.
+    let [mut even, mut odd] = [[0.0; LANES]; 2];
+    let (pairs, last) = h.as_chunks_mut::<2>();
+    let ((bs, b_last), (cs, c_last)) = (b.as_chunks::<2>(), c.as_chunks::<2>());
+    for (([h0, h1], [b0, b1]), [c0, c1]) in pairs.iter_mut().zip(bs).zip(cs) {
+        advance_one(h0, decay, added, *b0, *c0, &mut even);
+        advance_one(h1, decay, added, *b1, *c1, &mut odd);
     }
-    let mut sum = sums[0];
-    for (sum, other) in sum.iter_mut().zip(sums[1]) {
-        *sum += other;
+    for ((h, b), c) in last.iter_mut().zip(b_last).zip(c_last) {
+        advance_one(h, decay, added, *b, *c, &mut even);
     }
-    sum
+    for (even, odd) in even.iter_mut().zip(odd) {
+        *even += odd;
+    }
+    even
+}
+
+#[inline(always)]
+fn advance_one(h: &mut Lanes, decay: &Lanes, added: &Lanes, b: f32, c: f32, sum: &mut Lanes) {
+    for l in 0..LANES {
+        h[l] = decay[l] * h[l] + added[l] * b;
+        sum[l] += h[l] * c;
+    }
 }

@@ -239,9 +239,13 @@ impl Norm<'_> {
                 dx.copy_from_slice(work.dvalue);
             }
             Some(dz) => {
-                for c in 0..x.len() {
-                    dx[c] = work.dvalue[c] * work.gate[c];
-                    dz[c] = work.dvalue[c] * x[c] * work.slope[c];
+                // One loop each: two results in one would keep the compiler from using vectors.
+                for ((dx, dvalue), gate) in dx.iter_mut().zip(&*work.dvalue).zip(&*work.gate) {
+                    *dx = dvalue * gate;
+                }
+                let slopes = work.dvalue.iter().zip(x).zip(&*work.slope);
+                for (dz, ((dvalue, x), slope)) in dz.iter_mut().zip(slopes) {
+                    *dz = dvalue * x * slope;
                 }
             }
         }
@@ -258,9 +262,11 @@ impl Norm<'_> {
         dweight: &mut [f32],
     ) {
         let inverse = self.inverse(value);
-        for c in 0..value.len() {
-            dvalue[c] = dnormed[c] * weight[c];
-            dweight[c] += dnormed[c] * value[c] * inverse;
+        for ((dvalue, dnormed), weight) in dvalue.iter_mut().zip(dnormed).zip(weight) {
+            *dvalue = dnormed * weight;
+        }
+        for ((dweight, dnormed), value) in dweight.iter_mut().zip(dnormed).zip(value) {
+            *dweight += dnormed * value * inverse;
         }
         let mean = dot(dvalue, value) * inverse / value.len() as f32;
         for (dvalue, value) in dvalue.iter_mut().zip(value) {

@@ -91,7 +91,7 @@ impl<B: InnerBackend, C: CheckpointStrategy> InnerBackend for Autodiff<B, C> {
                 };
                 prep.finish(saved, forward.y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::mamba2_inner_forward(operands, spec).y),
+            OpsKind::UnTracked(prep) => prep.finish(B::mamba2_inner(operands, spec)),
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::ops::causal_conv1d::cpu::{Conv, taps};
 use crate::ops::gated_rms_norm::backend::Spec as NormSpec;
 use crate::ops::gated_rms_norm::cpu::Norm;
 use crate::ops::native::rows::{Rows, RowsMut, contiguous, elements, tensor, with_whole_rows};
-use crate::ops::native::zeros;
+use crate::ops::native::{working, zeros};
 use crate::ops::ssd::backend::Spec as ScanSpec;
 use crate::ops::ssd::cpu::{Destinations, Scan, Sizes, backward, forward};
 
@@ -61,8 +61,9 @@ impl Block {
         [b, b + self.spec.groups * self.spec.state]
     }
 
-    fn rows(&self, width: usize) -> Vec<f32> {
-        zeros(self.batch * self.length * width)
+    /// Numbers in rows of this width.
+    fn numbers(&self, width: usize) -> usize {
+        self.batch * self.length * width
     }
 
     fn conv(&self) -> Conv<'_> {
@@ -76,6 +77,17 @@ impl Block {
             bias: self.conv_bias.as_ref().map(elements),
             initial: None,
             activation: true,
+        }
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            batch: self.batch,
+            length: self.length,
+            heads: self.spec.heads,
+            headdim: self.spec.headdim,
+            groups: self.spec.groups,
+            state: self.spec.state,
         }
     }
 
@@ -93,14 +105,7 @@ impl Block {
             d: Some(elements(&self.d)),
             bias: Some(elements(&self.dt_bias)),
             initial: None,
-            sizes: Sizes {
-                batch: self.batch,
-                length: self.length,
-                heads: spec.heads,
-                headdim: spec.headdim,
-                groups: spec.groups,
-                state: spec.state,
-            },
+            sizes: self.sizes(),
             spec: ScanSpec {
                 softplus: true,
                 limit: spec.dt_limit,
@@ -125,25 +130,48 @@ impl Block {
     }
 }
 
+impl Block {
+    /// The output, `[batch, length, d_inner]`. What the convolution and the scan make and the states before
+    /// the chunks (see [`forward`]) go to the other operands.
+    fn forward(
+        &self,
+        convolved: &mut [f32],
+        scanned: &mut [f32],
+        states: &mut [f32],
+    ) -> FlexTensor {
+        let (d_inner, channels) = (self.spec.d_inner(), self.spec.conv_dim());
+        let rows = RowsMut::new(convolved, self.length, channels);
+        self.conv().forward(&rows);
+        let rows = RowsMut::new(scanned, self.length, d_inner);
+        forward(&self.scan(convolved), &rows, states);
+        let mut y = zeros(self.numbers(d_inner));
+        let rows = RowsMut::new(&mut y, self.length, d_inner);
+        self.norm(scanned).forward(&rows);
+        tensor(y, [self.batch, self.length, d_inner])
+    }
+}
+
 impl InnerBackend for Flex {
+    fn mamba2_inner(operands: Operands<Self>, spec: InnerSpec) -> FlexTensor {
+        let block = Block::new(operands, spec);
+        block.forward(
+            &mut working(block.numbers(spec.conv_dim())),
+            &mut working(block.numbers(spec.d_inner())),
+            &mut working(block.sizes().segment_states()),
+        )
+    }
+
     fn mamba2_inner_forward(operands: Operands<Self>, spec: InnerSpec) -> Forward<Self> {
         let block = Block::new(operands, spec);
         let (d_inner, channels) = (spec.d_inner(), spec.conv_dim());
-        let mut convolved = block.rows(channels);
-        block
-            .conv()
-            .forward(&RowsMut::new(&mut convolved, block.length, channels));
-        let mut scanned = block.rows(d_inner);
-        let rows = RowsMut::new(&mut scanned, block.length, d_inner);
-        let (_, states) = forward(&block.scan(&convolved), &rows, true);
-        let mut y = block.rows(d_inner);
-        block
-            .norm(&scanned)
-            .forward(&RowsMut::new(&mut y, block.length, d_inner));
-        let kept = states.len();
+        let mut convolved = zeros(block.numbers(channels));
+        let mut scanned = zeros(block.numbers(d_inner));
+        let kept = block.sizes().all_states();
+        let mut states = zeros(kept);
+        let y = block.forward(&mut convolved, &mut scanned, &mut states);
         let shape = |width| [block.batch, block.length, width];
         Forward {
-            y: tensor(y, shape(d_inner)),
+            y,
             convolved: tensor(convolved, shape(channels)),
             scanned: tensor(scanned, shape(d_inner)),
             states: tensor(states, [kept]),
@@ -164,9 +192,9 @@ impl InnerBackend for Flex {
         let [convolved, scanned] = [&convolved, &scanned].map(elements);
         let dy = with_whole_rows(dy);
 
-        let mut dzxbcdt = block.rows(width);
-        let mut dscanned = block.rows(d_inner);
-        let mut dxbc = block.rows(channels);
+        let mut dzxbcdt = zeros(block.numbers(width));
+        let mut dscanned = working(block.numbers(d_inner));
+        let mut dxbc = working(block.numbers(channels));
         let wide = RowsMut::new(&mut dzxbcdt, length, width);
         let to_scanned = RowsMut::new(&mut dscanned, length, d_inner);
         let dnorm = block

@@ -16,6 +16,27 @@ pub(crate) fn map(x: Lanes, f: impl Fn(f32) -> f32) -> Lanes {
     out
 }
 
+/// `a b`, lane by lane. Whole lanes in and out: where a loop writes several slices lane by lane, they may
+/// overlap for all the compiler knows, and it keeps to single numbers.
+#[inline(always)]
+pub(crate) fn product(a: Lanes, b: Lanes) -> Lanes {
+    let mut out = a;
+    for (out, b) in out.iter_mut().zip(b) {
+        *out *= b;
+    }
+    out
+}
+
+/// `a + b`, lane by lane; see [`product`].
+#[inline(always)]
+pub(crate) fn sum(a: Lanes, b: Lanes) -> Lanes {
+    let mut out = a;
+    for (out, b) in out.iter_mut().zip(b) {
+        *out += b;
+    }
+    out
+}
+
 /// `e^x` to about one unit in the last place; zero below -87, never above `e^88`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {

@@ -5,7 +5,7 @@ pub(crate) mod product;
 pub(crate) mod rows;
 mod scratch;
 
-pub(crate) use mamba_ssm_linear::memory::zeros;
+pub(crate) use mamba_ssm_linear::memory::{working, zeros};
 /// Widths of scratch rows are multiples of `LANES`, so that products need no edge cases in columns.
 pub(crate) use mamba_ssm_linear::simd::{LANES, vectorized};
 pub(crate) use scratch::with_scratch;

@@ -13,19 +13,26 @@ pub(super) struct Place {
     pub(super) tokens: Range<usize>,
 }
 
+/// Fills `[heads, CHUNK]` with what the steps are made from, zero past the end.
+#[inline(always)]
+pub(super) fn raw_steps(scan: &Scan<'_>, place: &Place, to: &mut [f32]) {
+    let (heads, count) = (scan.sizes.heads, place.tokens.len());
+    for to in to.chunks_exact_mut(CHUNK).take(heads) {
+        to[count..].fill(0.0);
+    }
+    for (t, token) in place.tokens.clone().enumerate() {
+        for (head, value) in scan.dt.row(place.batch, token).iter().enumerate() {
+            to[head * CHUNK + t] = value + scan.bias.map_or(0.0, |bias| bias[head]);
+        }
+    }
+}
+
 /// Fills `dt` and `sums`, both `[heads, CHUNK]`: the steps, zero past the end, and their cumulated
 /// products with the rates.
 #[inline(always)]
 pub(super) fn steps(scan: &Scan<'_>, place: &Place, dt: &mut [f32], sums: &mut [f32]) {
     let heads = scan.sizes.heads;
-    for head in 0..heads {
-        dt[head * CHUNK + place.tokens.len()..][..CHUNK - place.tokens.len()].fill(0.0);
-    }
-    for (t, token) in place.tokens.clone().enumerate() {
-        for (head, value) in scan.dt.row(place.batch, token).iter().enumerate() {
-            dt[head * CHUNK + t] = value + scan.bias.map_or(0.0, |bias| bias[head]);
-        }
-    }
+    raw_steps(scan, place, dt);
     let (low, high) = (scan.spec.limit.0 as f32, scan.spec.limit.1 as f32);
     for head in 0..heads {
         let dt = &mut dt[head * CHUNK..][..CHUNK];

@@ -444,8 +444,7 @@ impl Task<'_> {
     /// From the gradients of the sums to those of the steps, the rates and the biases.
     #[inline(always)]
     fn finish(&mut self, to: &RowsMut<'_>) {
-        let (scan, place) = (self.scan, &self.place);
-        let count = place.tokens.len();
+        let (scan, count) = (self.scan, self.place.tokens.len());
         for head in 0..scan.sizes.heads {
             let at = head * CHUNK;
             // In f64: what one token gains another may lose.
@@ -457,25 +456,40 @@ impl Task<'_> {
             }
             self.parts.a[head] += da as f32;
         }
-        let (low, high) = (scan.spec.limit.0 as f32, scan.spec.limit.1 as f32);
-        for (t, token) in place.tokens.clone().enumerate() {
-            let raw = scan.dt.row(place.batch, token);
+        self.through_the_softplus();
+        for (t, token) in self.place.tokens.clone().enumerate() {
             // SAFETY: the chunk's tokens belong to this task.
-            let to = unsafe { to.row(place.batch, token, 0, raw.len()) };
-            for (head, (raw, to)) in raw.iter().zip(to).enumerate() {
-                let raw = raw + scan.bias.map_or(0.0, |bias| bias[head]);
-                let (value, slope) = match scan.spec.softplus {
-                    true => (lanes::softplus(raw), sigmoid(raw)),
-                    false => (raw, 1.0),
-                };
-                let inside = value >= low && value <= high;
-                *to = if inside {
-                    self.steps.ddt[head * CHUNK + t] * slope
-                } else {
-                    0.0
-                };
+            let to = unsafe { to.row(self.place.batch, token, 0, scan.sizes.heads) };
+            for (head, to) in to.iter_mut().enumerate() {
+                *to = self.steps.ddt[head * CHUNK + t];
                 self.parts.bias[head] += *to;
             }
+        }
+    }
+
+    /// From the gradients of the steps to those of what they are made from.
+    #[inline(always)]
+    fn through_the_softplus(&mut self) {
+        let (scan, s) = (self.scan, self.scan.sizes);
+        let (low, high) = (scan.spec.limit.0 as f32, scan.spec.limit.1 as f32);
+        // In the place of what no one reads any more.
+        let raw = &mut self.steps.from_start[..s.heads * CHUNK];
+        chunk::raw_steps(scan, &self.place, raw);
+        let ddt = self.steps.ddt.as_chunks_mut::<LANES>().0;
+        for (ddt, raw) in ddt.iter_mut().zip(raw.as_chunks().0) {
+            let slopes = lanes::map(
+                *raw,
+                #[inline(always)]
+                |raw| {
+                    let (value, slope) = match scan.spec.softplus {
+                        true => (lanes::softplus(raw), sigmoid(raw)),
+                        false => (raw, 1.0),
+                    };
+                    let inside = value >= low && value <= high;
+                    if inside { slope } else { 0.0 }
+                },
+            );
+            *ddt = lanes::product(*ddt, slopes);
         }
     }
 }
@@ -515,8 +529,7 @@ fn unweigh(
 ) {
     let columns = padded(count);
     let (dts, _) = dt.as_chunks::<LANES>();
-    let (column_sums, _) = sums.as_chunks::<LANES>();
-    let mut by_column = [[0.0; LANES]; CHUNK / LANES];
+    let [mut decay, mut by_column] = [[[0.0; LANES]; CHUNK / LANES]; 2];
     for i in 0..count {
         let row = i * CHUNK..i * CHUNK + columns;
         let (scores, _) = squares.scores[row.clone()].as_chunks::<LANES>();
@@ -525,26 +538,21 @@ fn unweigh(
         let (weights, _) = squares.weights[row].as_chunks_mut::<LANES>();
         let (used, rest) = weights.split_at_mut(i / LANES + 1);
         let mut by_row = [0.0; LANES];
+        decays(sums, i, &mut decay);
         for (block, weights) in used.iter_mut().enumerate() {
-            let decay = decays(sums[i], &column_sums[block], i, block);
-            let mut both = [0.0; LANES];
-            for l in 0..LANES {
-                let ddecayed = dweights[block][l] * decay[l];
-                let dt = dts[block][l];
-                both[l] = ddecayed * scores[block][l];
-                weights[l] = scores[block][l] * decay[l] * dt;
-                dscores[block][l] += ddecayed * dt;
-            }
+            let (scores, decay, dt) = (scores[block], decay[block], dts[block]);
+            let ddecayed = lanes::product(dweights[block], decay);
+            let mut both = lanes::product(ddecayed, scores);
+            *weights = lanes::product(lanes::product(scores, decay), dt);
+            dscores[block] = lanes::sum(dscores[block], lanes::product(ddecayed, dt));
             if block == i / LANES {
                 // A token does not decay on its way to itself. Left in, the two parts would cancel in
                 // `dsums` and take the digits of the others with them.
                 ddt[i] += both[i % LANES];
                 both[i % LANES] = 0.0;
             }
-            for l in 0..LANES {
-                by_row[l] += both[l] * dts[block][l];
-                by_column[block][l] += both[l];
-            }
+            by_row = lanes::sum(by_row, lanes::product(both, dt));
+            by_column[block] = lanes::sum(by_column[block], both);
         }
         rest.as_flattened_mut().fill(0.0);
         dsums[i] += lanes::total(by_row);

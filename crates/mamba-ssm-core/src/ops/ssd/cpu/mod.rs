@@ -20,9 +20,8 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::backend::{Forward, Gradients, Operands, Spec, SsdBackend};
-use crate::ops::native::padded;
 use crate::ops::native::rows::{Rows, RowsMut, contiguous, elements, tensor, with_whole_rows};
-use crate::ops::native::zeros;
+use crate::ops::native::{padded, working, zeros};
 
 /// Tokens of a chunk.
 const CHUNK: usize = 64;
@@ -64,9 +63,24 @@ impl Sizes {
         chunk * CHUNK..((chunk + 1) * CHUNK).min(self.length)
     }
 
+    /// Chunks of a segment.
+    fn segment(&self) -> usize {
+        SEGMENT.min(self.chunks())
+    }
+
     /// Numbers in the states of one batch entry: `[groups, state, row]`.
     fn states(&self) -> usize {
         self.groups * self.state * self.row()
+    }
+
+    /// Numbers in the states of all chunks.
+    pub(crate) fn all_states(&self) -> usize {
+        self.chunks() * self.batch * self.states()
+    }
+
+    /// Numbers in the states of a segment's chunks.
+    pub(crate) fn segment_states(&self) -> usize {
+        self.segment() * self.batch * self.states()
     }
 }
 
@@ -109,13 +123,14 @@ pub(crate) struct Found {
     pub(crate) initial: Vec<f32>,
 }
 
-/// Writes the output to `y`; returns the final state, `[batch, heads, headdim, state]`, and, if they are
-/// to be kept, the states before the chunks for [`backward`].
-pub(crate) fn forward(scan: &Scan<'_>, y: &RowsMut<'_>, keep: bool) -> (Vec<f32>, Vec<f32>) {
+/// Writes the output to `y`; returns the final state, `[batch, heads, headdim, state]`. `states` has room for
+/// [`Sizes::all_states`], which are then those before the chunks for [`backward`], or for
+/// [`Sizes::segment_states`].
+pub(crate) fn forward(scan: &Scan<'_>, y: &RowsMut<'_>, states: &mut [f32]) -> Vec<f32> {
     let sizes = scan.sizes;
     let per_chunk = sizes.batch * sizes.states();
-    let (chunks, segment) = (sizes.chunks(), SEGMENT.min(sizes.chunks()));
-    let mut states = zeros(per_chunk * if keep { chunks } else { segment });
+    let (chunks, segment) = (sizes.chunks(), sizes.segment());
+    let keep = states.len() == sizes.all_states();
     let mut carried = states::to_rows(scan.initial, &sizes);
     let mut totals = vec![0.0; segment * sizes.batch * sizes.heads];
     for first in (0..chunks).step_by(SEGMENT) {
@@ -140,7 +155,7 @@ pub(crate) fn forward(scan: &Scan<'_>, y: &RowsMut<'_>, keep: bool) -> (Vec<f32>
                 outputs::outputs(scan, batch, sizes.tokens(chunk), before, y);
             });
     }
-    (states::from_rows(&carried, &sizes), states)
+    states::from_rows(&carried, &sizes)
 }
 
 /// The gradients, from the states that [`forward`] kept and the gradients of output and final state.
@@ -153,8 +168,8 @@ pub(crate) fn backward(
 ) -> Found {
     let sizes = scan.sizes;
     let per_chunk = sizes.batch * sizes.states();
-    let (chunks, segment) = (sizes.chunks(), SEGMENT.min(sizes.chunks()));
-    let mut after = zeros(per_chunk * segment);
+    let (chunks, segment) = (sizes.chunks(), sizes.segment());
+    let mut after = working(sizes.segment_states());
     let mut carried = states::to_rows(dfinal_state, &sizes);
     let mut totals = vec![0.0; segment * sizes.batch * sizes.heads];
     let mut parts = gradients::Parts::new(&sizes);
@@ -259,7 +274,13 @@ impl SsdBackend for Flex {
         let s = scan.sizes;
         let width = s.heads * s.headdim;
         let mut y = zeros(s.batch * s.length * width);
-        let (last, states) = forward(&scan, &RowsMut::new(&mut y, s.length, width), keep);
+        let rows = RowsMut::new(&mut y, s.length, width);
+        let mut states = zeros(if keep { s.all_states() } else { 0 });
+        let last = if keep {
+            forward(&scan, &rows, &mut states)
+        } else {
+            forward(&scan, &rows, &mut working(s.segment_states()))
+        };
         let kept = states.len();
         Forward {
             y: tensor(y, [s.batch, s.length, s.heads, s.headdim]),

@@ -164,33 +164,33 @@ fn decay_and_skip(
 fn weigh(count: usize, scores: &[f32], dt: &[f32], sums: &[f32], weights: &mut [f32]) {
     let columns = padded(count);
     let (dt, _) = dt.as_chunks::<LANES>();
-    let (column_sums, _) = sums.as_chunks::<LANES>();
+    let mut decay = [[0.0; LANES]; CHUNK / LANES];
     for i in 0..count {
         let (scores, _) = scores[i * CHUNK..][..columns].as_chunks::<LANES>();
         let (weights, _) = weights[i * CHUNK..][..columns].as_chunks_mut::<LANES>();
         let (used, rest) = weights.split_at_mut(i / LANES + 1);
-        for (block, weights) in used.iter_mut().enumerate() {
-            let decay = decays(sums[i], &column_sums[block], i, block);
-            for l in 0..LANES {
-                weights[l] = scores[block][l] * decay[l] * dt[block][l];
-            }
+        decays(sums, i, &mut decay);
+        for (((weights, scores), decay), dt) in used.iter_mut().zip(scores).zip(&decay).zip(dt) {
+            *weights = lanes::product(lanes::product(*scores, *decay), *dt);
         }
         rest.as_flattened_mut().fill(0.0);
     }
 }
 
-/// `exp(row_sum - sums[j])` for the columns of a block up to `row`, zeros behind it.
+/// `exp(sums[row] - sums[j])` up to `row`, zeros behind it in its block; blocks behind that are left alone.
 #[inline(always)]
-pub(super) fn decays(row_sum: f32, sums: &Lanes, row: usize, block: usize) -> Lanes {
-    let mut out = lanes::map(
-        *sums,
-        #[inline(always)]
-        |sum| exp(row_sum - sum),
-    );
-    for (l, out) in out.iter_mut().enumerate() {
-        *out = if block * LANES + l <= row { *out } else { 0.0 };
+pub(super) fn decays(sums: &[f32], row: usize, to: &mut [Lanes; CHUNK / LANES]) {
+    let (sum, used) = (sums[row], row / LANES + 1);
+    // Nothing but the exponential in this loop: with the cut at the row in it, or the products that follow,
+    // the compiler computes half of the lanes one by one.
+    for (to, sums) in to[..used].iter_mut().zip(sums.as_chunks().0) {
+        *to = lanes::map(
+            *sums,
+            #[inline(always)]
+            |other| exp(sum - other),
+        );
     }
-    out
+    to[..used].as_flattened_mut()[row + 1..].fill(0.0);
 }
 
 /// Adds `weights x` of one head to its columns.
