@@ -77,8 +77,8 @@ impl Problem {
         for Tested {
             device,
             dtypes,
+            tf32,
             widest,
-            ..
         } in devices()
         {
             if self.shape[5] > widest {
@@ -88,7 +88,11 @@ impl Problem {
             for dtype in dtypes.into_iter().filter(|dtype| types.contains(dtype)) {
                 let expected = self.solve(&Device::flex(), FloatDType::F64, dtype);
                 let found = self.solve(&device, dtype, dtype);
-                let (output, gradient) = tolerance(dtype);
+                let (output, gradient) = match dtype {
+                    // Wider heads of f32 have no kernel: their products are Burn's, with ten bits.
+                    FloatDType::F32 if tf32 && self.shape[5] > 64 => (2e-3, 2e-3),
+                    _ => tolerance(dtype),
+                };
                 let allowed = [output, gradient, gradient, gradient];
                 for (n, name) in ["output", "dq", "dk", "dv"].into_iter().enumerate() {
                     let error = relative_l2(&found[n], &expected[n]);
