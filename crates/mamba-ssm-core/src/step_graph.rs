@@ -142,7 +142,8 @@ impl MambaStack {
 }
 
 impl StepGraph {
-    /// The answer to the next token of every sequence: `[batch, d_model]` to the same shape.
+    /// The answer to the next token of every sequence: `[batch, d_model]` to the same shape, computed and
+    /// returned in the device's own type of floats, f32 unless it was told otherwise.
     ///
     /// # Panics
     ///
@@ -155,6 +156,7 @@ impl StepGraph {
         );
         let mut own = self.buffers.borrow_mut();
         let to = own.x.take().expect(PRESENT);
+        let x = x.cast(to.dtype());
         own.x = Some(overwritten(to, x));
         let Some(record) = &mut self.record else {
             return own.step(&self.stack);

@@ -110,6 +110,17 @@ fn recorded_steps_equal_the_whole_sequence() {
 }
 
 #[test]
+fn a_token_of_another_type_is_taken() {
+    let (stack, x) = problem(&stacks()[0], &Device::flex());
+    let mut graph = stack.step_graph(BATCH);
+    let whole = graph.step(token(&x, 0));
+    graph.reset();
+    let narrow = graph.step(token(&x, 0).cast(FloatDType::BF16));
+    assert_eq!(narrow.dtype(), whole.dtype());
+    assert_close("bf16", &values(&narrow), &values(&whole), 2e-2);
+}
+
+#[test]
 #[should_panic(expected = "x must be [batch, d_model] as recorded")]
 fn another_batch_is_refused() {
     let (stack, x) = problem(&stacks()[0], &Device::flex());
