@@ -112,17 +112,21 @@ impl<T: Real> Scratch<T> {
             let line = r * COLUMNS..(r + 1) * COLUMNS;
             let (lse, delta) = (outputs.lse[i] * log2e, outputs.delta[i]);
             let (p, ds) = (&mut self.p[line.clone()], &mut self.ds[line.clone()]);
+            // A loop for each thing that is written: one that writes two is taken number by number.
+            for p in p.iter_mut() {
+                *p = (*p - lse).exp2();
+            }
             if dropout.is_some() {
-                for ((p, ds), z) in p.iter_mut().zip(ds).zip(&self.factors[line]) {
-                    let probability = (*p - lse).exp2();
-                    *ds = probability * (*ds * *z - delta);
-                    *p = probability * *z;
+                let factors = &self.factors[line];
+                for ((ds, p), z) in ds.iter_mut().zip(p.iter()).zip(factors) {
+                    *ds = *p * (*ds * *z - delta);
+                }
+                for (p, z) in p.iter_mut().zip(factors) {
+                    *p *= *z;
                 }
             } else {
-                for (p, ds) in p.iter_mut().zip(ds) {
-                    let probability = (*p - lse).exp2();
-                    *ds = probability * (*ds - delta);
-                    *p = probability;
+                for (ds, p) in ds.iter_mut().zip(p.iter()) {
+                    *ds = *p * (*ds - delta);
                 }
             }
         }

@@ -118,34 +118,33 @@ fn body<T: Real, S: Isa>(
 /// brought up to date. Returns the factor for what was summed before.
 #[inline(always)]
 fn online_softmax<T: Real>(row: &mut [T; COLUMNS], top: &mut T, sum: &mut T) -> T {
-    // Eight partial results: one would make every step wait for the one before.
-    let mut parts = [*top; 8];
-    for chunk in row.chunks_exact(8) {
-        for (part, score) in parts.iter_mut().zip(chunk) {
-            *part = if *score > *part { *score } else { *part };
-        }
-    }
-    let mut new = *top;
-    for part in parts {
-        new = if part > new { part } else { new };
-    }
+    let new = fold(row, *top, |a, b| if b > a { b } else { a });
     if new == T::NEG_INFINITY {
         row.fill(T::ZERO);
         return T::ONE;
     }
-    let mut parts = [T::ZERO; 8];
-    for chunk in row.chunks_exact_mut(8) {
-        for (part, score) in parts.iter_mut().zip(chunk) {
-            *score = (*score - new).exp2();
-            *part += *score;
-        }
+    // A loop of its own: one that adds up as well is taken number by number.
+    for score in row.iter_mut() {
+        *score = (*score - new).exp2();
     }
     let rescale = (*top - new).exp2();
-    let mut fresh = T::ZERO;
-    for part in parts {
-        fresh += part;
-    }
-    *sum = *sum * rescale + fresh;
+    *sum = *sum * rescale + fold(row, T::ZERO, |a, b| a + b);
     *top = new;
     rescale
+}
+
+/// All numbers of a row, and `from`, through `f`: halves of the row until one number is left, so that no step
+/// waits for the one before.
+#[inline(always)]
+fn fold<T: Real>(row: &[T; COLUMNS], from: T, f: impl Fn(T, T) -> T) -> T {
+    let mut values = *row;
+    let mut length = COLUMNS / 2;
+    while length > 0 {
+        let (low, high) = values.split_at_mut(length);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low = f(*low, *high);
+        }
+        length /= 2;
+    }
+    f(from, values[0])
 }

@@ -241,9 +241,12 @@ fn block<T: Real, S: Isa, const MR: usize, const NR: usize>(
         let c: &mut [T; NR] = c[r * columns..]
             .first_chunk_mut()
             .expect("c covers the rows");
+        // Values in and out: where `c` is written number by number, the compiler makes half of it vectors.
+        let mut sum = *c;
         for n in 0..NR {
-            c[n] += sums[r][n];
+            sum[n] += sums[r][n];
         }
+        *c = sum;
     }
 }
 
