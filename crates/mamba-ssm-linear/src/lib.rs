@@ -29,6 +29,9 @@ mod decoder;
 /// As `cube`.
 #[doc(hidden)]
 pub mod device;
+/// As `cube`.
+#[doc(hidden)]
+pub mod gradients;
 mod linear;
 /// As `cube`.
 #[cfg(feature = "flex")]

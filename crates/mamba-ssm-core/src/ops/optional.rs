@@ -1,9 +1,7 @@
 //! Operands that a call may lack.
 
 use burn::backend::AutodiffBackend;
-use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
-use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, ExtensionType};
@@ -53,19 +51,6 @@ impl<B: Backend, C: CheckpointStrategy> Optional<Autodiff<B, C>> {
         match self {
             Self::Absent => Autodiff::<B, C>::from_inner(like.primitive().clone()).node(),
             Self::Present(tensor) => tensor.node(),
-        }
-    }
-}
-
-/// Leaves every parent that asks for a gradient its own.
-pub(crate) fn register<B: Backend, const N: usize>(
-    parents: [Option<NodeId>; N],
-    gradients: [FloatTensor<B>; N],
-    grads: &mut Gradients,
-) {
-    for (parent, gradient) in parents.into_iter().zip(gradients) {
-        if let Some(parent) = parent {
-            grads.register::<B>(parent, gradient);
         }
     }
 }

@@ -8,6 +8,7 @@ use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
+use mamba_ssm_linear::gradients::register;
 
 use super::Spec;
 use super::backend::{FlashAttentionBackend, Padding};
@@ -46,11 +47,11 @@ impl<B: FlashAttentionBackend> Backward<B, 3> for FlashAttention {
             spec,
         } = ops.state;
         let (dq, dk, dv) = B::flash_attention_backward(q, k, v, padding, out, lse, dout, spec);
-        for (parent, grad) in ops.parents.into_iter().zip([dq, dk, dv]) {
-            if let Some(parent) = parent {
-                grads.register::<B>(parent.id, grad);
-            }
-        }
+        register::<B, 3>(
+            ops.parents.map(|parent| parent.map(|node| node.id)),
+            [dq, dk, dv],
+            grads,
+        );
     }
 }
 

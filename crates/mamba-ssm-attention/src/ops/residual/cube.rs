@@ -16,14 +16,7 @@ use cubecl::prelude::*;
 use mamba_ssm_linear::cube::{address_type, alone, common_vector, elem, empty_like, grid};
 
 use super::backend::ResidualBackend;
-
-/// MurmurHash3's 32-bit finaliser.
-#[cube]
-fn mix(x: u32) -> u32 {
-    let x = (x ^ (x >> 16)) * 0x85eb_ca6bu32;
-    let x = (x ^ (x >> 13)) * 0xc2b2_ae35u32;
-    x ^ (x >> 16)
-}
+use crate::ops::cube::mix;
 
 /// What `m / (1 - p)` is for each feature of a vector.
 #[cube]

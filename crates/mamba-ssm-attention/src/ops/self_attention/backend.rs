@@ -10,6 +10,8 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 #[cfg(feature = "cubecl")]
 use burn::tensor::{DType, Shape};
 
+#[cfg(feature = "cubecl")]
+use super::Heads;
 use super::SelfSpec;
 
 /// How queries and keys are turned.
@@ -97,20 +99,25 @@ fn forward_specs(
     spec: &SelfSpec,
 ) -> ForwardMetadata {
     let dtype = qkv.dtype;
+    let Heads {
+        heads,
+        kv_heads,
+        head_dim,
+    } = spec.heads;
     let [batch, length, _]: [usize; 3] = qkv.shape.dims();
-    let of = |heads| {
-        let shape = [batch, heads, length, spec.head_dim];
+    let of = |count| {
+        let shape = [batch, count, length, head_dim];
         TensorSpec::new(Shape::new(shape), dtype)
     };
-    let y = [batch, length, spec.heads * spec.head_dim];
-    let lse = [batch, spec.heads, length, 1];
+    let y = [batch, length, heads * head_dim];
+    let lse = [batch, heads, length, 1];
     ForwardMetadata {
         y: TensorSpec::new(Shape::new(y), dtype),
         kept: KeptMetadata {
-            q: of(spec.heads),
-            k: of(spec.kv_heads),
-            v: of(spec.kv_heads),
-            out: of(spec.heads),
+            q: of(heads),
+            k: of(kv_heads),
+            v: of(kv_heads),
+            out: of(heads),
             lse: TensorSpec::new(Shape::new(lse), DType::F32),
         },
     }
@@ -124,6 +131,6 @@ fn backward_spec(
     spec: &SelfSpec,
 ) -> TensorSpec {
     let [batch, _, length, _]: [usize; 4] = kept.q.shape.dims();
-    let width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim;
+    let width = spec.heads.width();
     TensorSpec::new(Shape::new([batch, length, width]), dy.dtype)
 }

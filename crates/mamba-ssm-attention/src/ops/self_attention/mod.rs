@@ -21,19 +21,25 @@ use crate::ops::rotary::{RotaryStyle, RotaryTable};
 /// Sizes and options.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SelfSpec {
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    pub(crate) head_dim: usize,
+    pub(crate) heads: Heads,
     pub(crate) style: RotaryStyle,
     pub(crate) attention: Spec,
 }
 
 /// The heads of a layer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Heads {
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
+}
+
+#[cfg(feature = "cubecl")]
+impl Heads {
+    /// Queries, keys and values of a token, side by side.
+    fn width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
 }
 
 /// Attention within each sequence of `qkv`, `[batch, length, (heads + 2 kv_heads) head_dim]`: queries, keys
@@ -50,9 +56,7 @@ pub(crate) fn self_attention(
         return reference::self_attention(qkv, table, heads, options);
     }
     let spec = SelfSpec {
-        heads: heads.heads,
-        kv_heads: heads.kv_heads,
-        head_dim: heads.head_dim,
+        heads,
         style: table.map_or(RotaryStyle::HalfSplit, |table| table.style),
         attention: options.spec(heads.head_dim),
     };

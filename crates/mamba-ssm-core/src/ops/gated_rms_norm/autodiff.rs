@@ -9,7 +9,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
 
 use super::backend::{NormBackend, Operands, Spec};
-use crate::ops::optional::register;
+use mamba_ssm_linear::gradients::register;
 
 #[derive(Debug)]
 struct Norm;

@@ -10,7 +10,7 @@ use burn::backend::{Autodiff, Backend};
 
 use super::InnerSpec;
 use super::backend::{InnerBackend, Operands};
-use crate::ops::optional::register;
+use mamba_ssm_linear::gradients::register;
 
 #[derive(Debug)]
 struct Inner;

@@ -16,7 +16,7 @@ use burn::backend::{Autodiff, Backend, TensorMetadata};
 use burn::tensor::Shape;
 
 use super::backend::{Operands, Spec, SsdBackend};
-use crate::ops::optional::register;
+use mamba_ssm_linear::gradients::register;
 
 #[derive(Debug)]
 struct FinalState;

@@ -2,6 +2,7 @@
 
 use cubecl::prelude::*;
 
+use crate::ops::cube::mix;
 use crate::ops::flash_attention::dropout::{HALF_BITS, HALF_MASK, KEY_MASK, ROUNDS, SHIFT};
 
 /// Features or keys read from shared memory at once.
@@ -149,13 +150,6 @@ pub(super) fn end_query(j: u32, call: &Call, #[comptime] mask: Mask) -> u32 {
         }
     }
     end
-}
-
-#[cube]
-fn mix(x: u32) -> u32 {
-    let x = (x ^ (x >> 16)) * 0x85eb_ca6bu32;
-    let x = (x ^ (x >> 13)) * 0xc2b2_ae35u32;
-    x ^ (x >> 16)
 }
 
 /// Dropout's key of a query.

@@ -131,23 +131,27 @@ fn own(call: &Call, #[comptime] plan: Plan) -> Own {
     }
 }
 
-/// A turning pair, turned.
+/// Turns a pair of a query or key; those of values stay.
 #[cube]
-fn turned<V: Size>(
-    a: Vector<f32, V>,
-    b: Vector<f32, V>,
+fn turn<V: Size>(
+    a: &mut Vector<f32, V>,
+    b: &mut Vector<f32, V>,
     cos: &[f32],
     sin: &[f32],
     own: &Own,
     #[comptime] plan: Plan,
-) -> (Vector<f32, V>, Vector<f32, V>) {
-    let at = own.angle / comptime!(plan.vector);
-    let cos = cos.as_vectorized().with_vector_size::<V>()[at];
-    let mut sin = sin.as_vectorized().with_vector_size::<V>()[at];
-    if comptime!(plan.inverse) {
-        sin = -sin;
+) {
+    if own.part < 2usize {
+        let at = own.angle / comptime!(plan.vector);
+        let cos = cos.as_vectorized().with_vector_size::<V>()[at];
+        let mut sin = sin.as_vectorized().with_vector_size::<V>()[at];
+        if comptime!(plan.inverse) {
+            sin = -sin;
+        }
+        let turned = *a * cos - *b * sin;
+        *b = *a * sin + *b * cos;
+        *a = turned;
     }
-    (a * cos - b * sin, a * sin + b * cos)
 }
 
 #[cube(launch, address_type = "dynamic")]
@@ -172,11 +176,7 @@ fn split_kernel<I: Float, V: Size>(
         if comptime!(plan.pairs > 0) {
             if own.pair {
                 let mut b = Vector::<f32, V>::cast_from(rows[at + comptime!(plan.apart())]);
-                if own.part < 2usize {
-                    let (first, second) = turned::<V>(a, b, cos, sin, &own, plan);
-                    a = first;
-                    b = second;
-                }
+                turn::<V>(&mut a, &mut b, cos, sin, &own, plan);
                 give::<I, V>(b, q, k, v, &own, comptime!(plan.apart()), plan);
             }
         }
@@ -228,11 +228,7 @@ fn merge_kernel<I: Float, V: Size>(
         if comptime!(plan.pairs > 0) {
             if own.pair {
                 let mut b = take::<I, V>(q, k, v, &own, comptime!(plan.apart()), plan);
-                if own.part < 2usize {
-                    let (first, second) = turned::<V>(a, b, cos, sin, &own, plan);
-                    a = first;
-                    b = second;
-                }
+                turn::<V>(&mut a, &mut b, cos, sin, &own, plan);
                 rows[at + comptime!(plan.apart())] = Vector::cast_from(b);
             }
         }

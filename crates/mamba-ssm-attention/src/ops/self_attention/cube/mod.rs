@@ -7,8 +7,8 @@ use burn::backend::tensor::FloatTensor;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::SelfSpec;
 use super::backend::{Forward, Kept, Positions, SelfAttentionBackend};
+use super::{Heads, SelfSpec};
 use crate::ops::flash_attention::backend::{FlashAttentionBackend, Padding};
 use heads::{Turn, merge, split};
 
@@ -32,8 +32,12 @@ impl SelfAttentionBackend for CubeBackend {
         spec: SelfSpec,
     ) -> Forward<Self> {
         let turn = turn(positions, &spec, false);
-        let counts = [spec.heads, spec.kv_heads, spec.kv_heads];
-        let [q, k, v] = split(qkv, counts, spec.head_dim, turn);
+        let Heads {
+            heads,
+            kv_heads,
+            head_dim,
+        } = spec.heads;
+        let [q, k, v] = split(qkv, [heads, kv_heads, kv_heads], head_dim, turn);
         let (out, lse) = Self::flash_attention_forward(
             q.clone(),
             k.clone(),
@@ -53,7 +57,10 @@ impl SelfAttentionBackend for CubeBackend {
         dy: FloatTensor<Self>,
         spec: SelfSpec,
     ) -> FloatTensor<Self> {
-        let [dout, _, _]: [CubeTensor; 3] = split(dy, [spec.heads, 0, 0], spec.head_dim, None);
+        let Heads {
+            heads, head_dim, ..
+        } = spec.heads;
+        let [dout, _, _]: [CubeTensor; 3] = split(dy, [heads, 0, 0], head_dim, None);
         let (dq, dk, dv) = Self::flash_attention_backward(
             kept.q,
             kept.k,

@@ -15,7 +15,7 @@ use super::states_matrix::walk_matrix;
 use super::steps::{HEADS, steps, steps_backward};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::reduce::{sum_parts_into, sum_rows};
-use crate::ops::cube::{address_type, elem, empty_like, filled, grid, tile_dtype};
+use crate::ops::cube::{address_type, alone, elem, empty_like, filled, grid, tile_dtype};
 use crate::ops::ssd::backend::Spec;
 
 /// The shortest chunk of any plan.
@@ -250,15 +250,7 @@ impl Ready {
 
     /// A launch with one unit to each of `elements`.
     fn elementwise(&self, elements: usize) -> (CubeCount, CubeDim) {
-        let most = self
-            .scan
-            .x
-            .tensor
-            .client
-            .properties()
-            .hardware
-            .max_units_per_cube as usize;
-        let units = 256.min(most);
+        let units = alone(&self.scan.x.tensor);
         (
             grid(elements.div_ceil(units)),
             CubeDim::new_1d(units as u32),
