@@ -188,6 +188,9 @@ fn serve(
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
     let (request, length) = read_head(&mut reader)?;
+    // Before any answer: a client that is still writing when the connection closes reports that instead.
+    let mut sent = vec![0; length];
+    reader.read_exact(&mut sent)?;
     let before = {
         let mut log = log.lock().unwrap();
         let before = log
@@ -207,11 +210,9 @@ fn serve(
         _ => {}
     }
     if request.method == "PUT" {
-        let mut body = vec![0; length];
-        reader.read_exact(&mut body)?;
         let path = below(root, &request.path);
         std::fs::create_dir_all(path.parent().unwrap())?;
-        std::fs::write(path, body)?;
+        std::fs::write(path, sent)?;
         return head(stream, 201, 0, "");
     }
     match std::fs::read(below(root, &request.path)) {
