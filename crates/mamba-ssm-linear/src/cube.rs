@@ -1,4 +1,6 @@
-//! What the launches of kernels share: memory, types, grids.
+//! What the launches of kernels share: memory, types, grids; and products in registers.
+
+pub mod fragment;
 
 use burn::backend::cubecl::dtype_to_elem_type;
 use burn::tensor::{DType, Shape};

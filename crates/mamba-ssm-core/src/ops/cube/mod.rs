@@ -1,6 +1,5 @@
 //! What the kernels share: tiles in shared memory, their products there and in registers, sums over rows.
 
-pub(crate) mod fragment;
 pub(crate) mod place;
 pub(crate) mod product;
 pub(crate) mod reduce;
@@ -16,7 +15,7 @@ use cubecl::features::MmaConfig;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::*;
 pub(crate) use mamba_ssm_linear::cube::{
-    address_type, alone, common_vector, elem, empty_like, grid,
+    address_type, alone, common_vector, elem, empty_like, fragment, grid,
 };
 
 /// How a cube works together.
@@ -31,7 +30,7 @@ pub(crate) struct Team {
 }
 
 /// Side of the tiles that matrix units take.
-pub(crate) const SIDE: usize = 16;
+pub(crate) use fragment::SIDE;
 
 impl Team {
     /// At most `units` units, matrix units where the device has them for the tile type.

@@ -278,6 +278,29 @@ fn many_slices_equal_the_loops() {
 }
 
 #[test]
+fn many_tokens_equal_the_loops() {
+    for (name, device) in devices() {
+        let sizes = [
+            [64, 656],
+            [24, 40],
+            [256, 64],
+            [64, 256],
+            [136, 8],
+            [8, 136],
+        ];
+        for (n, [d_input, d_output]) in sizes.into_iter().enumerate() {
+            let problem = Problem::new([4_111, d_input, d_output], n % 2 == 0, DType::BF16);
+            problem.clone().check(name, &device, DType::BF16);
+            problem.mixed().check(name, &device, DType::BF16);
+            // Kernels run slowly on a CPU.
+            if name == "cpu" {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
 fn weights_past_the_kernels_limit_equal_the_loops() {
     for (name, device) in devices() {
         // Burn tunes its products there for a minute.

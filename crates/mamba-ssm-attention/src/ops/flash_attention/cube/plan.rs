@@ -104,6 +104,7 @@ impl MatrixPlans {
                 frags,
                 tile: 64,
                 at_once: AT_ONCE,
+                shared_values: false,
                 fine,
                 mask,
             };
@@ -114,10 +115,23 @@ impl MatrixPlans {
         };
         // Blocks of a plane: as many as its registers hold.
         let frags = if dim <= 64 { 2 } else { 1 };
+        let sweep = |name: &str, plan: MatrixPlan| match std::env::var(name) {
+            Ok(s) => {
+                let n: Vec<usize> = s.split(',').map(|n| n.parse().unwrap()).collect();
+                MatrixPlan {
+                    frags: n[0],
+                    planes: n[1],
+                    tile: n[2],
+                    shared_values: n[3] == 1,
+                    ..plan
+                }
+            }
+            Err(_) => plan,
+        };
         Self {
-            forward: plan(frags),
-            queries: plan(frags),
-            keys: plan(if dim <= 32 { 2 } else { 1 }),
+            forward: sweep("FA_F", plan(frags)),
+            queries: sweep("FA_Q", plan(frags)),
+            keys: sweep("FA_K", plan(if dim <= 32 { 2 } else { 1 })),
         }
     }
 }

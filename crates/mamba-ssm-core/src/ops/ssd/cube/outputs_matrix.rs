@@ -12,9 +12,11 @@
 use cubecl::prelude::*;
 
 use super::plan::{Call, Plan};
+use super::steps::{bounded, last_of_block};
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
-    LANES, NARROW, Pair, left, multiply, own_column, own_row, right, right_transposed, zero_sums,
+    LANES, NARROW, Pair, left, multiply, own_column, own_pair, own_row, right, right_transposed,
+    zero_sums,
 };
 use crate::ops::cube::tile::{fetch, put};
 
@@ -81,12 +83,16 @@ pub(super) fn outputs_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     let mut c_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 128usize);
     let mut h_tile =
         Shared::<[E]>::new_aligned_slice(comptime!(plan.channels() * plan.stride_n()), 128usize);
-    let mut step = Shared::<[f32]>::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize);
-    let mut sum = Shared::<[f32]>::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize);
+    let mut decays = Decays {
+        step: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
+        sum: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
+        factor: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
+    };
     let mut next_x = Array::<Vector<E, VX>>::new(comptime!(tile_x.shares(units)));
     let mut next_h = Array::<Vector<S, VN>>::new(comptime!(state_shares(plan, units)));
     let mut next_step = Array::<f32>::new(comptime!(step_shares(plan)));
     let mut next_sum = Array::<f32>::new(comptime!(step_shares(plan)));
+    let mut next_end = Array::<f32>::new(comptime!(step_shares(plan)));
 
     let column = own.head / (call.heads / call.groups) * comptime!(plan.state);
     let mut rows = Array::<Vector<E, VN>>::new(comptime!(tile_n.shares(units)));
@@ -107,18 +113,21 @@ pub(super) fn outputs_matrix<E: Float, S: Float, VX: Size, VN: Size>(
         plan,
         units,
     );
-    fetch_steps(steps, own.head, &own, &mut next_step, call, plan);
-    fetch_steps(sums, own.head, &own, &mut next_sum, call, plan);
+    fetch_steps(steps, own.head, &own, &mut next_step, call, plan, false);
+    fetch_steps(sums, own.head, &own, &mut next_sum, call, plan, false);
+    fetch_steps(sums, own.head, &own, &mut next_end, call, plan, true);
     sync_cube();
     let scores = similarities::<E>(&c_tile, &b_tile, plan);
 
+    // Not known when compiled, or the loop over heads would be unrolled: the code of all heads would not fit
+    // the instruction cache.
+    let heads = min(call.heads, comptime!(plan.heads).runtime());
     for tile in 0..call.tiles {
         let head = own.head + tile * comptime!(plan.heads);
         sync_cube();
         put::<E, VX>(&next_x, &mut x_tile, 0usize, tile_x, units);
         put_states::<S, E, VN>(&next_h, &mut h_tile, 0usize, plan, units);
-        put_steps(&next_step, &mut step, plan);
-        put_steps(&next_sum, &mut sum, plan);
+        put_decays(&next_step, &next_sum, &next_end, &mut decays, plan);
         sync_cube();
         if tile + 1 < call.tiles {
             let next = head + comptime!(plan.heads);
@@ -133,17 +142,26 @@ pub(super) fn outputs_matrix<E: Float, S: Float, VX: Size, VN: Size>(
                 plan,
                 units,
             );
-            fetch_steps(steps, next, &own, &mut next_step, call, plan);
-            fetch_steps(sums, next, &own, &mut next_sum, call, plan);
+            fetch_steps(steps, next, &own, &mut next_step, call, plan, false);
+            fetch_steps(sums, next, &own, &mut next_sum, call, plan, false);
+            fetch_steps(sums, next, &own, &mut next_end, call, plan, true);
         }
-        // Not unrolled: the code of all heads would not fit the instruction cache.
-        for inner in 0..comptime!(plan.heads) {
+        for inner in 0..heads {
             let mut out = zero_sums(comptime!(plan.headdim_padded() / NARROW));
-            carried::<E>(&c_tile, &h_tile, &sum, &mut out, inner, plan);
-            mixed::<E>(&scores, &x_tile, &step, &sum, &mut out, inner, plan);
+            carried::<E>(&c_tile, &h_tile, &decays.sum, &mut out, inner, plan);
+            mixed::<E>(&scores, &x_tile, &decays, &mut out, inner, plan);
             store::<E>(&out, &x_tile, d, y, &own, head, inner, call, plan);
         }
     }
+}
+
+/// Of a tile's tokens, `[heads, chunk]` each.
+#[derive(CubeType)]
+struct Decays {
+    step: Shared<[f32]>,
+    sum: Shared<[f32]>,
+    /// The decay from a token to the last of its block of 16, times its step.
+    factor: Shared<[f32]>,
 }
 
 /// The plane's first token in the chunk.
@@ -216,8 +234,7 @@ fn carried<E: Float>(
 fn mixed<E: Float>(
     scores: &Array<Pair<f32>>,
     x_tile: &Shared<[E]>,
-    step: &Shared<[f32]>,
-    sum: &Shared<[f32]>,
+    decays: &Decays,
     out: &mut Array<Pair<f32>>,
     head: usize,
     #[comptime] plan: Plan,
@@ -227,7 +244,12 @@ fn mixed<E: Float>(
     for block in 0..comptime!(plan.chunk / SIDE) {
         let token = comptime!(block * SIDE);
         if token <= first_token() {
-            let rows = decayed::<E>(scores, step, sum, head, block, plan);
+            let mut rows = Array::<Pair<E>>::new(4usize);
+            if token == first_token() {
+                own_block::<E>(scores, decays, &mut rows, head, block, plan);
+            } else {
+                earlier_block::<E>(scores, decays, &mut rows, head, block, plan);
+            }
             #[unroll]
             for n in 0..comptime!(padded / SIDE) {
                 let column = head * padded + comptime!(n * SIDE);
@@ -238,39 +260,74 @@ fn mixed<E: Float>(
     }
 }
 
-/// A block of `M`, as the left operand of a product.
+/// A block of `M` before the plane's own tokens, as the left operand of a product. The decay from one token
+/// to another is that to the end of the earlier one's block times that from there on.
 #[cube]
-fn decayed<E: Float>(
+fn earlier_block<E: Float>(
     scores: &Array<Pair<f32>>,
-    step: &Shared<[f32]>,
-    sum: &Shared<[f32]>,
+    decays: &Decays,
+    rows: &mut Array<Pair<E>>,
     head: usize,
     #[comptime] block: usize,
     #[comptime] plan: Plan,
-) -> Array<Pair<E>> {
+) {
     let base = head * comptime!(plan.chunk);
-    let steps = step.as_vectorized().with_vector_size::<Const<2>>();
-    let sums = sum.as_vectorized().with_vector_size::<Const<2>>();
-    let first = first_token() + own_row();
-    let mut rows = Array::<Pair<E>>::new(4usize);
+    let factors = decays.factor.as_vectorized().with_vector_size::<Const<2>>();
+    // In pairs.
+    let others = head * comptime!(plan.chunk / 2) + own_pair() + comptime!(block * SIDE / 2);
+    let edge = decays.sum[base + comptime!(block * SIDE + SIDE - 1)];
+    let token = base + first_token() + own_row();
+    #[unroll]
+    for row in 0..2usize {
+        let decay = bounded(decays.sum[token + comptime!(row * 8)] - edge);
+        let decay = Pair::<f32>::new(decay);
+        #[unroll]
+        for side in 0..2usize {
+            let score = scores[comptime!(2 * (2 * block + side) + row)];
+            let factor = factors[others + comptime!(side * NARROW / 2)];
+            rows[comptime!(2 * side + row)] = Pair::<E>::cast_from(score * (factor * decay));
+        }
+    }
+}
+
+/// The block of `M` of the plane's own tokens.
+#[cube]
+fn own_block<E: Float>(
+    scores: &Array<Pair<f32>>,
+    decays: &Decays,
+    rows: &mut Array<Pair<E>>,
+    head: usize,
+    #[comptime] block: usize,
+    #[comptime] plan: Plan,
+) {
+    let steps = decays.step.as_vectorized().with_vector_size::<Const<2>>();
+    let sums = decays.sum.as_vectorized().with_vector_size::<Const<2>>();
+    // In pairs.
+    let others = head * comptime!(plan.chunk / 2) + own_pair() + comptime!(block * SIDE / 2);
+    let token = head * comptime!(plan.chunk) + first_token() + own_row();
     #[unroll]
     for n in 0..4usize {
-        // Left, below, right, below right.
-        let i = first + comptime!(n % 2 * 8);
-        let j = comptime!(block * SIDE + n / 2 * NARROW) + own_column();
-        let (step, behind) = (steps[(base + j) / 2], sums[(base + j) / 2]);
-        let score = scores[comptime!(2 * (2 * block + n / 2) + n % 2)];
-        let own = sum[base + i];
-        let mut values = Pair::<f32>::new(0.0f32);
-        #[unroll]
-        for lane in 0..2usize {
-            let value =
-                score.extract(lane) * (own - behind.extract(lane)).exp() * step.extract(lane);
-            values.insert(lane, select(j + lane <= i, value, 0.0f32));
+        // Left, below, right, below right: the one on the right holds no pair, the one below all of its.
+        let (row, side) = comptime!((n % 2, n / 2));
+        if comptime!(row < side) {
+            rows[n] = Pair::<E>::new(E::from_int(0));
+        } else {
+            let own = decays.sum[token + comptime!(row * 8)];
+            let behind = sums[others + comptime!(side * NARROW / 2)];
+            let step = steps[others + comptime!(side * NARROW / 2)];
+            let score = scores[comptime!(2 * (2 * block + side) + row)];
+            let mut values = Pair::<f32>::new(0.0f32);
+            #[unroll]
+            for lane in 0..2usize {
+                let mut weight = (own - behind.extract(lane)).exp() * step.extract(lane);
+                if comptime!(row == side) {
+                    weight = select(own_column() + lane <= own_row(), weight, 0.0f32);
+                }
+                values.insert(lane, score.extract(lane) * weight);
+            }
+            rows[n] = Pair::<E>::cast_from(values);
         }
-        rows[n] = Pair::<E>::cast_from(values);
     }
-    rows
 }
 
 /// Writes the outputs of a head, with the skip connection.
@@ -391,7 +448,8 @@ pub(super) fn put_states<S: Float, E: Float, V: Size>(
     }
 }
 
-/// A unit's share of the chunk's steps, or of their sums, of the tile that starts at a head.
+/// A unit's share of the chunk's steps, or of their sums, of the tile that starts at a head; or of the sums at
+/// the ends of the tokens' blocks of 16.
 #[cube]
 fn fetch_steps(
     from: &[f32],
@@ -400,29 +458,42 @@ fn fetch_steps(
     into: &mut Array<f32>,
     call: &Call,
     #[comptime] plan: Plan,
+    #[comptime] ends: bool,
 ) {
     let base = (own.batch * call.chunks + own.chunk) * comptime!(plan.chunk);
     #[unroll]
     for share in 0..comptime!(step_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.output_units());
-        let token = min(
+        let mut token = min(
             n / comptime!(plan.heads),
             comptime!(plan.chunk - 1).runtime(),
         );
+        if comptime!(ends) {
+            token = last_of_block(token);
+        }
         let head = n % comptime!(plan.heads);
         into[share] = from[(base + token) * call.heads + first_head + head];
     }
 }
 
-/// Writes them, `[heads, chunk]`.
+/// Writes what [`fetch_steps`] read into shared memory.
 #[cube]
-fn put_steps(values: &Array<f32>, into: &mut Shared<[f32]>, #[comptime] plan: Plan) {
+fn put_decays(
+    step: &Array<f32>,
+    sum: &Array<f32>,
+    end: &Array<f32>,
+    into: &mut Decays,
+    #[comptime] plan: Plan,
+) {
     #[unroll]
     for share in 0..comptime!(step_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.output_units());
         let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
         if token < comptime!(plan.chunk) {
-            into[head * comptime!(plan.chunk) + token] = values[share];
+            let at = head * comptime!(plan.chunk) + token;
+            into.step[at] = step[share];
+            into.sum[at] = sum[share];
+            into.factor[at] = bounded(end[share] - sum[share]) * step[share];
         }
     }
 }

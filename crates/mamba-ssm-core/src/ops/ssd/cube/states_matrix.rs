@@ -73,7 +73,11 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     let mut decays = Shared::<[f32]>::new_slice(comptime!(plan.heads));
     let mut next_x = Array::<Vector<E, VX>>::new(comptime!(tile_x.shares(units)));
     let mut next_b = Array::<Vector<E, VN>>::new(comptime!(tile_n.shares(units)));
-    let mut next_weights = Array::<f32>::new(comptime!(weight_shares(plan)));
+    let mut next_weights = Raw {
+        step: Array::new(comptime!(weight_shares(plan))),
+        sum: Array::new(comptime!(weight_shares(plan))),
+        end: Array::new(comptime!(weight_shares(plan))),
+    };
 
     let size = call.heads * comptime!(plan.headdim * plan.state);
     let entry = (own.batch * call.segments + own.segment) * size;
@@ -86,37 +90,19 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     let first = chunk_of(from, from, to, mode);
     fetch_chunk::<E, VX>(x, first, &own, &mut next_x, call, plan, true);
     fetch_chunk::<E, VN>(b, first, &own, &mut next_b, call, plan, false);
-    fetch_weights(
-        steps,
-        sums,
-        first,
-        &own,
-        &mut next_weights,
-        call,
-        plan,
-        mode,
-    );
+    fetch_weights(steps, sums, first, &own, &mut next_weights, call, plan);
     for visit in from..to {
         let chunk = chunk_of(visit, from, to, mode);
         sync_cube();
         put::<E, VX>(&next_x, &mut x_tile, 0usize, tile_x, units);
         put::<E, VN>(&next_b, &mut b_tile, 0usize, tile_n, units);
-        put_weights(
-            &next_weights,
-            sums,
-            chunk,
-            &own,
-            &mut weights,
-            &mut decays,
-            call,
-            plan,
-        );
+        put_weights(&next_weights, &mut weights, &mut decays, plan, mode);
         sync_cube();
         if visit + 1 < to {
             let next = chunk_of(visit + 1, from, to, mode);
             fetch_chunk::<E, VX>(x, next, &own, &mut next_x, call, plan, true);
             fetch_chunk::<E, VN>(b, next, &own, &mut next_b, call, plan, false);
-            fetch_weights(steps, sums, next, &own, &mut next_weights, call, plan, mode);
+            fetch_weights(steps, sums, next, &own, &mut next_weights, call, plan);
         }
         if comptime!(mode.emit) {
             let entry = (own.batch * call.chunks + chunk) * size;
@@ -201,74 +187,65 @@ fn weight_place(
     row * call.heads + own.first_head + head
 }
 
-/// A unit's share of the weights of a chunk's tokens.
+/// What the weights of a unit's share of a chunk's tokens are made of, still as it lies in memory: computed
+/// with at once, it would have to be waited for.
+#[derive(CubeType)]
+struct Raw {
+    step: Array<f32>,
+    sum: Array<f32>,
+    /// Over the whole chunk.
+    end: Array<f32>,
+}
+
 #[cube]
 fn fetch_weights(
     steps: &[f32],
     sums: &[f32],
     chunk: usize,
     own: &Share,
-    into: &mut Array<f32>,
+    into: &mut Raw,
     call: &Call,
     #[comptime] plan: Plan,
-    #[comptime] mode: Direction,
 ) {
     #[unroll]
     for share in 0..comptime!(weight_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
         let head = n % comptime!(plan.heads);
-        let token = min(
-            n / comptime!(plan.heads),
-            comptime!(plan.chunk - 1).runtime(),
-        );
+        let last = comptime!(plan.chunk - 1).runtime();
+        let token = min(n / comptime!(plan.heads), last);
         let place = weight_place(token, head, chunk, own, call, plan);
-        let mut weight = sums[place].exp();
-        if comptime!(!mode.backwards) {
-            let end = weight_place(
-                comptime!(plan.chunk - 1).runtime(),
-                head,
-                chunk,
-                own,
-                call,
-                plan,
-            );
-            weight = (sums[end] - sums[place]).exp() * steps[place];
-        }
-        into[share] = weight;
+        let end = weight_place(last, head, chunk, own, call, plan);
+        into.step[share] = steps[place];
+        into.sum[share] = sums[place];
+        into.end[share] = sums[end];
     }
 }
 
 /// Writes the weights, `[heads, chunk]`, and the decay over the chunk, by head.
 #[cube]
 fn put_weights(
-    values: &Array<f32>,
-    sums: &[f32],
-    chunk: usize,
-    own: &Share,
+    values: &Raw,
     weights: &mut Shared<[f32]>,
     decays: &mut Shared<[f32]>,
-    call: &Call,
     #[comptime] plan: Plan,
+    #[comptime] mode: Direction,
 ) {
     #[unroll]
     for share in 0..comptime!(weight_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
         let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
+        let (sum, end) = (values.sum[share], values.end[share]);
         if token < comptime!(plan.chunk) {
-            weights[head * comptime!(plan.chunk) + token] = values[share];
+            let weight = if comptime!(mode.backwards) {
+                sum.exp()
+            } else {
+                (end - sum).exp() * values.step[share]
+            };
+            weights[head * comptime!(plan.chunk) + token] = weight;
         }
-    }
-    let head = UNIT_POS as usize;
-    if head < comptime!(plan.heads) {
-        let end = weight_place(
-            comptime!(plan.chunk - 1).runtime(),
-            head,
-            chunk,
-            own,
-            call,
-            plan,
-        );
-        decays[head] = sums[end].exp();
+        if token == 0 {
+            decays[head] = end.exp();
+        }
     }
 }
 

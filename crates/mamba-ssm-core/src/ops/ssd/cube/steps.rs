@@ -11,11 +11,27 @@
 use cubecl::prelude::*;
 
 use super::plan::{Call, Plan};
+use crate::ops::cube::SIDE;
 
 /// `log(1 + e^x)`.
 #[cube]
 fn softplus(x: f32) -> f32 {
     max(x, 0.0f32) + (-x.abs()).exp().log1p()
+}
+
+/// The largest exponent of a factor of a decay.
+const LARGEST: f32 = 80.0;
+
+/// `e^x`, bounded: a factor of a decay must not be infinite where the other one is zero.
+#[cube]
+pub(super) fn bounded(x: f32) -> f32 {
+    min(x, LARGEST).exp()
+}
+
+/// The last token of a token's block of 16.
+#[cube]
+pub(super) fn last_of_block(token: usize) -> usize {
+    token / SIDE * SIDE + comptime!(SIDE - 1)
 }
 
 /// Heads that a cube treats.

@@ -10,6 +10,7 @@ use super::matrix::{OuterCallLaunch, ProductCallLaunch, outer_matrix, product_ma
 use super::plain::{outer_plain, product_plain};
 use super::plan::{Plan, Problem};
 use super::reduce::{ReduceCallLaunch, area, reduce};
+use super::stream::product_stream;
 use crate::cube::{address_type, alone, elem, empty_like, grid};
 
 /// Widest read: 16 bytes.
@@ -93,14 +94,13 @@ pub(super) fn product(
         bias: bias.is_some(),
     };
     let (client, dtype) = (x.tensor.client.clone(), x.tensor.dtype);
-    // Plain kernels write four at most, and have tiles of four columns.
-    let vectors = [x.vector(), weight.vector().min(4), out.vector().min(4)];
-    let mut plan = problem.product(&client, dtype, vectors);
-    if let Plan::Matrix(plan) = &mut plan {
-        plan.vectors = [x.vector(), weight.vector(), out.vector()];
-    }
+    let vectors = [x.vector(), weight.vector(), out.vector()];
+    let plan = problem.product(&client, dtype, vectors);
     let blocks = columns.div_ceil(plan.tile_n());
-    let cubes = x.shape[0].div_ceil(plan.tile_m()) * blocks;
+    let cubes = match &plan {
+        Plan::Stream(plan) => problem.stream_cubes(&client, plan),
+        _ => x.shape[0].div_ceil(plan.tile_m()) * blocks,
+    };
     let call = ProductCallLaunch::new(cubes, blocks, x.place(), weight.place(), out.place());
     // Without a bias anything will do in its place.
     let bias = bias.unwrap_or_else(|| weight.tensor.clone());
@@ -109,6 +109,20 @@ pub(super) fn product(
     // SAFETY: the kernels reach no element outside the matrices whose shapes and pitches they are given.
     unsafe {
         match plan {
+            Plan::Stream(plan) => product_stream::launch_unchecked(
+                &client,
+                grid(cubes),
+                Plan::Stream(plan).cube_dim(),
+                addresses,
+                x.arg(),
+                weight.arg(),
+                bias.into_buffer_arg(),
+                out.arg(),
+                call,
+                plan,
+                types,
+                plan.vector,
+            ),
             Plan::Matrix(plan) => product_matrix::launch_unchecked(
                 &client,
                 grid(cubes),
@@ -159,10 +173,7 @@ pub(super) fn parameter_gradients(
         bias,
     };
     let (client, dtype) = (x.tensor.client.clone(), x.tensor.dtype);
-    let mut plan = problem.outer(&client, dtype, [x.vector(), dy.vector().min(4), 4]);
-    if let Plan::Matrix(plan) = &mut plan {
-        plan.vectors[1] = dy.vector();
-    }
+    let plan = problem.outer(&client, dtype, [x.vector(), dy.vector(), 4]);
     let blocks = d_output.div_ceil(plan.tile_n());
     let tiles = d_input.div_ceil(plan.tile_m()) * blocks;
     let (slice, slices) = problem.slices(&client, &plan, tiles);
@@ -189,6 +200,7 @@ pub(super) fn parameter_gradients(
     // SAFETY: as above; the sums have a whole number of blocks.
     unsafe {
         match plan {
+            Plan::Stream(_) => unreachable!("a sum over tokens has no stream"),
             Plan::Matrix(plan) => outer_matrix::launch_unchecked(
                 &client,
                 grid(cubes),

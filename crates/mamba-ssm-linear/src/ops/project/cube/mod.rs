@@ -1,6 +1,7 @@
 //! Projections on Burn's CubeCL backends.
 //!
-//! `matrix` has the kernels for matrix units, `plain` those for every device and for f32: in each a
+//! `stream` has the product for a weight that shared memory holds, on matrix units with fragments, `matrix` the
+//! kernels for any matrix units, `plain` those for every device and for f32: in each a
 //! product whose rows are tokens (the forward pass and, with the weight transposed, the gradient of the
 //! input) and a sum over tokens in slices (the gradients of weight and bias), which `reduce` adds up.
 //! `plan` chooses sizes, `launch` strings it together.
@@ -14,6 +15,7 @@ mod matrix;
 mod plain;
 mod plan;
 mod reduce;
+mod stream;
 
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, FloatDType};

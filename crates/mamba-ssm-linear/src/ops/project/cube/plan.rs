@@ -8,6 +8,8 @@ use cubecl::prelude::*;
 use super::common::SIDE;
 use super::matrix::MatrixPlan;
 use super::plain::{COLUMNS, DEPTH, PlainPlan, ROWS};
+use super::stream::{READ, StreamPlan, WRITE};
+use crate::cube::fragment::has_fragments;
 
 /// Units of a cube, where the device has as many.
 const UNITS: usize = 256;
@@ -17,6 +19,12 @@ const PLANES: usize = 8;
 
 /// Planes of a cube in the direction of tokens, where there are many tokens.
 const MOST_PLANES_M: usize = 8;
+
+/// Registers of a unit that may hold the operands of its tokens.
+const MOST_REGISTERS: usize = 64;
+
+/// Operands up to so deep leave room for two blocks of tokens in a plane.
+const SHALLOW: usize = 64;
 
 /// Up to so many tokens, smaller cubes: there would be too few large ones.
 const FEW_TOKENS: usize = 4096;
@@ -30,7 +38,7 @@ const MOST_UNITS: usize = 32;
 /// Fewest tokens of a slice.
 const SHORTEST_SLICE: usize = 256;
 
-/// Cubes per multiprocessor that a sum over tokens is split into.
+/// Cubes per multiprocessor that a sum over tokens, or a stream of them, is split into.
 const CUBES_PER_MULTIPROCESSOR: usize = 2;
 
 /// Multiprocessors of a device that does not say.
@@ -49,6 +57,7 @@ pub(super) struct Problem {
 /// Kernel and sizes.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Plan {
+    Stream(StreamPlan),
     Matrix(MatrixPlan),
     Plain(PlainPlan),
 }
@@ -56,6 +65,7 @@ pub(super) enum Plan {
 impl Plan {
     pub(super) fn tile_m(&self) -> usize {
         match self {
+            Plan::Stream(plan) => plan.tokens(),
             Plan::Matrix(plan) => plan.tile_m(),
             Plan::Plain(plan) => plan.tile_m(),
         }
@@ -63,6 +73,7 @@ impl Plan {
 
     pub(super) fn tile_n(&self) -> usize {
         match self {
+            Plan::Stream(plan) => plan.columns,
             Plan::Matrix(plan) => plan.tile_n(),
             Plan::Plain(plan) => plan.tile_n(),
         }
@@ -70,6 +81,7 @@ impl Plan {
 
     pub(super) fn depth(&self) -> usize {
         match self {
+            Plan::Stream(plan) => plan.depth(),
             Plan::Matrix(plan) => plan.depth,
             Plan::Plain(_) => DEPTH,
         }
@@ -77,6 +89,7 @@ impl Plan {
 
     pub(super) fn cube_dim(&self) -> CubeDim {
         CubeDim::new_1d(match self {
+            Plan::Stream(plan) => plan.units() as u32,
             Plan::Matrix(plan) => plan.units() as u32,
             Plan::Plain(plan) => plan.units() as u32,
         })
@@ -107,6 +120,11 @@ fn matrix_plane(client: &Client, dtype: DType) -> Option<usize> {
     (usable && has_units).then_some(plane)
 }
 
+fn multiprocessors(client: &Client) -> usize {
+    let count = client.properties().hardware.num_streaming_multiprocessors;
+    count.map_or(MULTIPROCESSORS, |n| n as usize)
+}
+
 /// Planes for `blocks` blocks of which each takes `frags`, at most `most`.
 fn planes(blocks: usize, frags: usize, most: usize) -> usize {
     blocks.div_ceil(frags).next_power_of_two().min(most)
@@ -118,6 +136,9 @@ impl Problem {
         let Some(plane) = matrix_plane(client, dtype) else {
             return Plan::Plain(self.plain(client, 16, vectors));
         };
+        if let Some(plan) = self.stream(client, dtype, vectors) {
+            return Plan::Stream(plan);
+        }
         let blocks_n = self.columns.div_ceil(SIDE);
         let planes_n = blocks_n.min(2);
         // The widest tile among those that leave the fewest columns idle.
@@ -150,6 +171,39 @@ impl Problem {
             sync_plane: client.properties().features.plane.contains(Plane::Sync),
         };
         Plan::Matrix(plan)
+    }
+
+    /// Sizes for many tokens and a weight that fits shared memory, so that two cubes share a multiprocessor.
+    fn stream(
+        &self,
+        client: &Client,
+        dtype: DType,
+        [read, vector, write]: [usize; 3],
+    ) -> Option<StreamPlan> {
+        let plan = StreamPlan {
+            planes: PLANES,
+            frags: if self.inner <= SHALLOW { 2 } else { 1 },
+            inner: self.inner,
+            columns: self.columns,
+            vector,
+            transposed: self.transposed,
+            bias: self.bias,
+        };
+        let hardware = &client.properties().hardware;
+        let fits = self.rows > FEW_TOKENS
+            && read == READ
+            && write.is_multiple_of(WRITE)
+            && plan.registers() <= MOST_REGISTERS
+            && 2 * plan.bytes() <= hardware.max_shared_memory_size
+            && plan.units() <= hardware.max_units_per_cube as usize;
+        (fits && has_fragments(client, dtype)).then_some(plan)
+    }
+
+    /// Cubes of a stream: as many as run side by side, each with an equal share of the tokens.
+    pub(super) fn stream_cubes(&self, client: &Client, plan: &StreamPlan) -> usize {
+        let rounds = self.rows.div_ceil(plan.tokens());
+        let most = CUBES_PER_MULTIPROCESSOR * multiprocessors(client);
+        rounds.div_ceil(rounds.div_ceil(most))
     }
 
     /// Planes in the direction of tokens: many tokens take cubes of many units with one block of rows each,
@@ -196,10 +250,12 @@ impl Problem {
         let most = 1 << most.max(1).ilog2();
         let units_n = planes(self.columns, COLUMNS, most_n.min(most));
         let units_m = planes(self.rows, ROWS, MOST_UNITS.min(most / units_n));
+        // Tiles of four columns, written four at a time at most.
+        let [read, right, write] = vectors;
         PlainPlan {
             units_m,
             units_n,
-            vectors,
+            vectors: [read, right.min(4), write.min(4)],
             transposed: self.transposed,
             bias: self.bias,
         }
@@ -207,11 +263,7 @@ impl Problem {
 
     /// Tokens of a slice and number of slices, for a sum in `tiles` tiles.
     pub(super) fn slices(&self, client: &Client, plan: &Plan, tiles: usize) -> (usize, usize) {
-        let hardware = &client.properties().hardware;
-        let multiprocessors = hardware
-            .num_streaming_multiprocessors
-            .map_or(MULTIPROCESSORS, |n| n as usize);
-        let wanted = (CUBES_PER_MULTIPROCESSOR * multiprocessors / tiles).max(1);
+        let wanted = (CUBES_PER_MULTIPROCESSOR * multiprocessors(client) / tiles).max(1);
         let slice = self
             .inner
             .div_ceil(wanted)

@@ -3,10 +3,11 @@
 use cubecl::prelude::*;
 
 use crate::ops::cube::SIDE;
-use crate::ops::cube::fragment::LANES;
+use crate::ops::cube::fragment::{LANES, own_row};
 use crate::ops::cube::tile::{fetch, put};
 use crate::ops::ssd::cube::outputs_matrix::{fetch_states, put_states};
 use crate::ops::ssd::cube::plan::{Call, Plan};
+use crate::ops::ssd::cube::steps::{bounded, last_of_block};
 
 /// Planes of a half; also the parts in which the gradient of D is summed over a chunk.
 pub(in super::super) fn half_planes(plan: Plan) -> usize {
@@ -28,6 +29,52 @@ pub(super) fn tokens_per_lane(plan: Plan) -> usize {
     plan.chunk.div_ceil(LANES)
 }
 
+/// Whose tokens a plane owns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Half {
+    Later,
+    Earlier,
+}
+
+impl Half {
+    /// Where the own half lies in tiles, and where the other.
+    pub(super) fn own(self) -> usize {
+        self as usize
+    }
+
+    pub(super) fn other(self) -> usize {
+        1 - self as usize
+    }
+
+    /// Whether tokens of a block, one of `blocks`, have pairs with those of other blocks.
+    pub(super) fn has_others(self, block: usize, blocks: usize) -> bool {
+        match self {
+            Half::Later => block + 1 < blocks,
+            Half::Earlier => block > 0,
+        }
+    }
+}
+
+/// Where the terms of a unit's first or second token lie in `[2, heads, chunk]`.
+#[cube]
+pub(super) fn term_place(
+    own: &Share,
+    head: usize,
+    #[comptime] second: usize,
+    #[comptime] plan: Plan,
+    #[comptime] half: Half,
+) -> usize {
+    let before = comptime!(half.own() * plan.chunk * plan.heads + second * 8);
+    head * comptime!(plan.chunk) + own.token + own_row() + before
+}
+
+/// The sum over the four units that share a row.
+#[cube]
+pub(super) fn sum_of_quad(value: f32) -> f32 {
+    let pair = value + plane_shuffle_xor(value, 1u32);
+    pair + plane_shuffle_xor(pair, 2u32)
+}
+
 /// What a cube, and in it a plane, owns.
 #[derive(CubeType)]
 pub(super) struct Share {
@@ -38,9 +85,8 @@ pub(super) struct Share {
     /// Tokens before the cube's own, and how many it has.
     pub(super) base: usize,
     pub(super) rows: usize,
-    /// Whether the plane owns earlier tokens, and as a number.
+    /// Whether the plane owns earlier tokens.
     pub(super) earlier: bool,
-    pub(super) half: usize,
     /// The plane's first token in the chunk.
     pub(super) token: usize,
 }
@@ -60,7 +106,6 @@ pub(super) fn share(call: &Call, #[comptime] plan: Plan) -> Share {
         base: batch * call.length + start,
         rows: min(call.length - start, comptime!(plan.chunk).runtime()),
         earlier: half == 1,
-        half,
         token: plane % comptime!(half_planes(plan)) * SIDE,
     }
 }
@@ -77,6 +122,9 @@ pub(super) struct Tiles<E: Float> {
     /// `[heads, chunk]` each.
     pub(super) step: Shared<[f32]>,
     pub(super) sum: Shared<[f32]>,
+    /// `[2, heads, chunk]`: from a token to the last of its block of 16, times its step; and from the token
+    /// before its block to it.
+    pub(super) factors: Shared<[f32]>,
     /// `[2, heads, chunk]`: of a later token, the pairs with those strictly before it, each by the earlier
     /// one's step; of an earlier token, those with the ones strictly behind it.
     pub(super) pairs: Shared<[f32]>,
@@ -100,6 +148,7 @@ pub(super) fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
         ),
         step: Shared::new_aligned_slice(size, 16usize),
         sum: Shared::new_aligned_slice(size, 16usize),
+        factors: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
         pairs: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
         through: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
         diagonal: Shared::new_aligned_slice(size, 16usize),
@@ -115,7 +164,10 @@ pub(super) struct Next<E: Float, S: Float, VX: Size, VN: Size> {
     pub(super) h: Array<Vector<S, VN>>,
     pub(super) g: Array<Vector<S, VN>>,
     pub(super) step: Array<f32>,
+    /// Sums of the decays, to the token, to the one before its block of 16, and to the last of the block.
     pub(super) sum: Array<f32>,
+    pub(super) before: Array<f32>,
+    pub(super) behind: Array<f32>,
 }
 
 /// Reads a unit's share of a tile's operands into registers.
@@ -172,6 +224,10 @@ pub(super) fn fetch_next<E: Float, S: Float, VX: Size, VN: Size>(
         let place = (base + token) * call.heads + head + n % comptime!(plan.heads);
         next.step[share] = steps[place];
         next.sum[share] = sums[place];
+        let head = head + n % comptime!(plan.heads);
+        let before = max(token / SIDE * SIDE, 1usize) - 1;
+        next.before[share] = sums[(base + before) * call.heads + head];
+        next.behind[share] = sums[(base + last_of_block(token)) * call.heads + head];
     }
 }
 
@@ -195,8 +251,13 @@ pub(super) fn put_next<E: Float, S: Float, VX: Size, VN: Size>(
         let n = UNIT_POS as usize + comptime!(share * plan.gradient_units());
         let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
         if token < comptime!(plan.chunk) {
-            tiles.step[head * comptime!(plan.chunk) + token] = next.step[share];
-            tiles.sum[head * comptime!(plan.chunk) + token] = next.sum[share];
+            let at = head * comptime!(plan.chunk) + token;
+            let (step, sum) = (next.step[share], next.sum[share]);
+            tiles.step[at] = step;
+            tiles.sum[at] = sum;
+            tiles.factors[at] = bounded(next.behind[share] - sum) * step;
+            tiles.factors[comptime!(plan.chunk * plan.heads) + at] =
+                bounded(sum - next.before[share]);
         }
     }
 }

@@ -15,22 +15,25 @@ use cubecl::cmma::{MatrixIdent, MmaDefinition};
 use cubecl::features::MmaConfig;
 use cubecl::prelude::*;
 
-use super::{SIDE, elem};
+use super::elem;
 
 /// Two neighbouring numbers of a fragment.
-pub(crate) type Pair<E> = Vector<E, Const<2>>;
+pub type Pair<E> = Vector<E, Const<2>>;
+
+/// Rows of a left operand, and the inner dimension.
+pub const SIDE: usize = 16;
 
 /// Units of a plane that share a fragment.
-pub(crate) const LANES: usize = 32;
+pub const LANES: usize = 32;
 
 /// Columns of a right operand.
-pub(crate) const NARROW: usize = 8;
+pub const NARROW: usize = 8;
 
 /// Elements in 16 bytes: what a unit reads of a row of shared memory.
 const ROW: usize = 8;
 
 /// Whether the device multiplies fragments of a type.
-pub(crate) fn has_fragments(client: &Client, dtype: DType) -> bool {
+pub fn has_fragments(client: &Client, dtype: DType) -> bool {
     if !matches!(dtype, DType::BF16 | DType::F16) {
         return false;
     }
@@ -61,7 +64,7 @@ fn blocks<E: Float>(from: &Shared<[E]>, at: usize, #[comptime] transposed: bool)
 
 /// The left operand at `(row, k)` of a tile `[rows, k]`.
 #[cube]
-pub(crate) fn left<E: Float>(
+pub fn left<E: Float>(
     tile: &Shared<[E]>,
     row: usize,
     k: usize,
@@ -73,7 +76,7 @@ pub(crate) fn left<E: Float>(
 
 /// The left operand at `(row, k)` from a tile that lies as `[k, rows]`.
 #[cube]
-pub(crate) fn left_transposed<E: Float>(
+pub fn left_transposed<E: Float>(
     tile: &Shared<[E]>,
     row: usize,
     k: usize,
@@ -86,7 +89,7 @@ pub(crate) fn left_transposed<E: Float>(
 
 /// Two right operands, at `(k, column)` and eight columns on, of a tile `[k, columns]`.
 #[cube]
-pub(crate) fn right<E: Float>(
+pub fn right<E: Float>(
     tile: &Shared<[E]>,
     k: usize,
     column: usize,
@@ -102,7 +105,7 @@ pub(crate) fn right<E: Float>(
 
 /// Two right operands, at `(k, column)` and eight columns on, from a tile that lies as `[columns, k]`.
 #[cube]
-pub(crate) fn right_transposed<E: Float>(
+pub fn right_transposed<E: Float>(
     tile: &Shared<[E]>,
     k: usize,
     column: usize,
@@ -115,7 +118,7 @@ pub(crate) fn right_transposed<E: Float>(
 
 /// `count` products' sums, all zero: two pairs each.
 #[cube]
-pub(crate) fn zero_sums(#[comptime] count: usize) -> Array<Pair<f32>> {
+pub fn zero_sums(#[comptime] count: usize) -> Array<Pair<f32>> {
     let mut sums = Array::<Pair<f32>>::new(comptime!(2 * count));
     #[unroll]
     for n in 0..comptime!(2 * count) {
@@ -126,7 +129,7 @@ pub(crate) fn zero_sums(#[comptime] count: usize) -> Array<Pair<f32>> {
 
 /// Adds the products of a left operand with two right ones to sums `to` and `to + 1`.
 #[cube]
-pub(crate) fn multiply<E: Float>(
+pub fn multiply<E: Float>(
     left: &Array<Pair<E>>,
     right: &Array<Pair<E>>,
     sums: &mut Array<Pair<f32>>,
@@ -149,12 +152,18 @@ pub(crate) fn multiply<E: Float>(
 
 /// The row of the unit's first pairs in a fragment; the second pairs lie eight rows on.
 #[cube]
-pub(crate) fn own_row() -> usize {
+pub fn own_row() -> usize {
     UNIT_POS_PLANE as usize / 4
 }
 
 /// The first column of the unit's pairs.
 #[cube]
-pub(crate) fn own_column() -> usize {
+pub fn own_column() -> usize {
     UNIT_POS_PLANE as usize % 4 * 2
+}
+
+/// The unit's pair in a row of eight columns.
+#[cube]
+pub fn own_pair() -> usize {
+    UNIT_POS_PLANE as usize % 4
 }
