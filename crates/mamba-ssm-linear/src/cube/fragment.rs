@@ -167,3 +167,27 @@ pub fn own_column() -> usize {
 pub fn own_pair() -> usize {
     UNIT_POS_PLANE as usize % 4
 }
+
+/// Four neighbouring columns of two neighbouring blocks' sums: two neighbours in a row swap pairs, so that an
+/// even unit has four of the first block and an odd one of the second, and a row's four units have whole
+/// sectors of memory to write. They begin at [`four_column`].
+#[cube]
+pub fn four(first: Pair<f32>, second: Pair<f32>) -> Vector<f32, Const<4>> {
+    let odd = UNIT_POS_PLANE % 2 == 1;
+    let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+    #[unroll]
+    for e in 0..2usize {
+        let (one, other) = (first.extract(e), second.extract(e));
+        let given = plane_shuffle_xor(select(odd, one, other), 1u32);
+        values.insert(e, select(odd, given, one));
+        values.insert(comptime!(e + 2), select(odd, other, given));
+    }
+    values
+}
+
+/// Where in two blocks the unit's [`four`] columns begin.
+#[cube]
+pub fn four_column() -> usize {
+    let odd = UNIT_POS_PLANE % 2 == 1;
+    select(odd, own_column() + comptime!(NARROW - 2), own_column())
+}

@@ -1,5 +1,7 @@
-//! What the kernels share: tiles in shared memory, their products there and in registers, sums over rows.
+//! What the kernels share: tiles in shared memory, their products there and in registers, sums over rows, and
+//! functions.
 
+pub(crate) mod math;
 pub(crate) mod place;
 pub(crate) mod product;
 pub(crate) mod reduce;

@@ -30,6 +30,11 @@ impl Tile {
         (self.rows * self.vectors()).div_ceil(units)
     }
 
+    /// Whether every unit carries as many.
+    fn is_even(&self, units: usize) -> bool {
+        (self.rows * self.vectors()).is_multiple_of(units)
+    }
+
     /// Elements of shared memory that it takes.
     pub(crate) fn size(&self) -> usize {
         self.rows * self.stride
@@ -79,18 +84,31 @@ pub(crate) fn fetch<E: Float, V: Size>(
     #[comptime] units: usize,
 ) {
     let from = from.as_vectorized().with_vector_size::<V>();
-    #[unroll]
-    for share in 0..comptime!(tile.shares(units)) {
-        let n = UNIT_POS as usize + comptime!(share * units);
-        let row = n / comptime!(tile.vectors());
-        let column = n % comptime!(tile.vectors()) * comptime!(tile.vector);
-        let group = column / comptime!(tile.padded);
-        let inside = column % comptime!(tile.padded);
-        let exists = row < rows && inside < comptime!(tile.width);
-        // A select rather than a branch, so that the reads do not wait for each other.
-        let place = base + row * row_stride + group * comptime!(tile.width) + inside;
-        let value = from[select(exists, place / comptime!(tile.vector), 0usize)];
-        into[share] = select(exists, value, Vector::new(E::from_int(0)));
+    // Nearly always; what it spares is more than the reads themselves, since numbers of 16 bits are selected
+    // one by one.
+    let whole = comptime!(tile.is_even(units) && tile.width == tile.padded);
+    if whole && rows >= comptime!(tile.rows) {
+        #[unroll]
+        for share in 0..comptime!(tile.shares(units)) {
+            let n = UNIT_POS as usize + comptime!(share * units);
+            let row = n / comptime!(tile.vectors());
+            let column = n % comptime!(tile.vectors()) * comptime!(tile.vector);
+            into[share] = from[(base + row * row_stride + column) / comptime!(tile.vector)];
+        }
+    } else {
+        #[unroll]
+        for share in 0..comptime!(tile.shares(units)) {
+            let n = UNIT_POS as usize + comptime!(share * units);
+            let row = n / comptime!(tile.vectors());
+            let column = n % comptime!(tile.vectors()) * comptime!(tile.vector);
+            let group = column / comptime!(tile.padded);
+            let inside = column % comptime!(tile.padded);
+            let exists = row < rows && inside < comptime!(tile.width);
+            // A select rather than a branch, so that the reads do not wait for each other.
+            let place = base + row * row_stride + group * comptime!(tile.width) + inside;
+            let value = from[select(exists, place / comptime!(tile.vector), 0usize)];
+            into[share] = select(exists, value, Vector::new(E::from_int(0)));
+        }
     }
 }
 
@@ -109,9 +127,7 @@ pub(crate) fn put<E: Float, V: Size>(
         let n = UNIT_POS as usize + comptime!(share * units);
         let row = n / comptime!(tile.vectors());
         let column = n % comptime!(tile.vectors());
-        if comptime!((tile.rows * tile.vectors()).is_multiple_of(units))
-            || n < comptime!(tile.rows * tile.vectors())
-        {
+        if comptime!(tile.is_even(units)) || n < comptime!(tile.rows * tile.vectors()) {
             let at = (start + row * comptime!(tile.stride)) / comptime!(tile.vector) + column;
             into[at] = values[share];
         }

@@ -120,7 +120,8 @@ impl InnerBackend for CubeBackend {
         let xbc = rows(&zxbcdt, &at, spec.conv_dim());
         conv(&zxbcdt, &operands, &at, &spec).forward(&xbc);
         let scanned = rows(&zxbcdt, &at, spec.d_inner());
-        let (_, states) = forward(scan(&zxbcdt, &xbc, &operands, &at, &spec), &scanned);
+        let scan = scan(&zxbcdt, &xbc, &operands, &at, &spec);
+        let (_, states) = forward(scan, &scanned, true);
         let y = rows(&zxbcdt, &at, spec.d_inner());
         norm(&zxbcdt, &scanned, &operands, &at, &spec).forward(&y);
         Forward {

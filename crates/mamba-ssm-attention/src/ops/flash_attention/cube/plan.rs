@@ -115,23 +115,22 @@ impl MatrixPlans {
         };
         // Blocks of a plane: as many as its registers hold.
         let frags = if dim <= 64 { 2 } else { 1 };
-        let sweep = |name: &str, plan: MatrixPlan| match std::env::var(name) {
-            Ok(s) => {
-                let n: Vec<usize> = s.split(',').map(|n| n.parse().unwrap()).collect();
-                MatrixPlan {
-                    frags: n[0],
-                    planes: n[1],
-                    tile: n[2],
-                    shared_values: n[3] == 1,
-                    ..plan
-                }
-            }
-            Err(_) => plan,
+        // A block of keys takes four operands; where their values would not fit the registers too, two blocks
+        // with values in shared memory read less of that than one with all in registers.
+        let both = MatrixPlan {
+            shared_values: true,
+            tile: 32,
+            ..plan(2)
+        };
+        let keys = match dim {
+            0..=32 => plan(2),
+            33..=64 if both.shared_bytes() <= SHARED => both,
+            _ => plan(1),
         };
         Self {
-            forward: sweep("FA_F", plan(frags)),
-            queries: sweep("FA_Q", plan(frags)),
-            keys: sweep("FA_K", plan(if dim <= 32 { 2 } else { 1 })),
+            forward: plan(frags),
+            queries: plan(frags),
+            keys,
         }
     }
 }

@@ -16,6 +16,7 @@ use cubecl::prelude::*;
 use super::forward::{
     Call, Plan, Share, first_window, load_bias, load_weight, push, share, token, weigh,
 };
+use crate::ops::cube::math::silu_slope;
 use crate::ops::cube::place::Place;
 
 #[cube(launch, address_type = "dynamic")]
@@ -53,7 +54,7 @@ pub(super) fn backward<I: Float, V: Size>(
                 let dy = dy.as_vectorized().with_vector_size::<V>();
                 gradient = Vector::<f32, V>::cast_from(dy[place / comptime!(plan.vector)]);
                 if comptime!(plan.activation) {
-                    gradient *= slope::<V>(weigh::<V>(&window, &weight, bias, plan));
+                    gradient *= silu_slope::<V>(weigh::<V>(&window, &weight, bias, plan));
                 }
             }
             push::<V>(&mut gradients, gradient, plan);
@@ -90,14 +91,6 @@ fn zeros<V: Size>(#[comptime] count: usize) -> Array<Vector<f32, V>> {
         rows[k] = Vector::new(0.0f32);
     }
     rows
-}
-
-/// The derivative of SiLU.
-#[cube]
-fn slope<V: Size>(p: Vector<f32, V>) -> Vector<f32, V> {
-    let one = Vector::<f32, V>::new(1.0f32);
-    let sigmoid = one / (one + (-p).exp());
-    sigmoid * (one + p * (one - sigmoid))
 }
 
 /// `sum_k weight[k] gradients[W - 1 - k]`.

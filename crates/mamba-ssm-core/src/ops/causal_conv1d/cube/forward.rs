@@ -9,6 +9,7 @@
 
 use cubecl::prelude::*;
 
+use crate::ops::cube::math::sigmoid;
 use crate::ops::cube::place::Place;
 
 /// What a kernel is compiled for.
@@ -200,7 +201,7 @@ pub(super) fn forward<I: Float, V: Size>(
             push::<V>(&mut window, next, plan);
             let mut value = weigh::<V>(&window, &weight, bias, plan);
             if comptime!(plan.activation) {
-                value /= Vector::new(1.0f32) + (-value).exp();
+                value *= sigmoid(value);
             }
             let row = share.batch * call.length + t;
             let place = call.out.offset + row * call.out.row + share.channel;

@@ -13,8 +13,9 @@
 use cubecl::prelude::*;
 
 use super::forward::{
-    Call, Plan, gate, inner, inside, load, load_weight, reciprocal_rms, share, sigmoid, store,
+    Call, Plan, gate, inner, inside, load, load_weight, reciprocal_rms, share, store,
 };
+use crate::ops::cube::math::sigmoid;
 use crate::ops::cube::place::Place;
 
 #[cube(launch, address_type = "dynamic")]

@@ -10,6 +10,7 @@
 
 use cubecl::prelude::*;
 
+use crate::ops::cube::math::sigmoid;
 use crate::ops::cube::place::Place;
 
 /// What a kernel is compiled for.
@@ -155,12 +156,6 @@ pub(super) fn inner<V: Size>(
         sum = plane_sum(sum);
     }
     sum
-}
-
-#[cube]
-pub(super) fn sigmoid<V: Size>(x: Vector<f32, V>) -> Vector<f32, V> {
-    let one = Vector::<f32, V>::new(1.0f32);
-    one / (one + (-x).exp())
 }
 
 /// What the norm is taken of, and the factor behind it.

@@ -20,6 +20,7 @@
 use cubecl::prelude::*;
 
 use super::common::*;
+use crate::ops::cube::math::{sigmoid, silu_slope};
 
 /// Where gradients lie.
 #[derive(CubeType)]
@@ -138,9 +139,9 @@ pub(super) fn backward<I: Float, W: Size, V: Size, X: Size>(
     let mut next_dys = Array::<Vector<I, W>>::new(comptime!(plan.own_spots()));
     let last = (call.chunks - 1) * comptime!(plan.tokens);
     fetch_tile::<I, W>(u, delta, z, b, c, &own, last, call, &mut next, plan);
+    fetch_spots::<I, W>(dy, dy_strides, &own, last, call, &mut next_dys, plan);
     #[unroll]
     for i in 0..comptime!(plan.own_spots()) {
-        next_dys[i] = fetch::<I, W>(dy, dy_strides, &own, last, call, i, plan);
         put::<W>(Vector::new(0.0f32), &mut memory.skips, i, plan);
         put::<W>(Vector::new(0.0f32), &mut memory.biases, i, plan);
     }
@@ -172,10 +173,7 @@ pub(super) fn backward<I: Float, W: Size, V: Size, X: Size>(
         // Before the first chunk there is none: it is read again.
         let before = max(start, comptime!(plan.tokens)) - comptime!(plan.tokens);
         fetch_tile::<I, W>(u, delta, z, b, c, &own, before, call, &mut next, plan);
-        #[unroll]
-        for i in 0..comptime!(plan.own_spots()) {
-            next_dys[i] = fetch::<I, W>(dy, dy_strides, &own, before, call, i, plan);
-        }
+        fetch_spots::<I, W>(dy, dy_strides, &own, before, call, &mut next_dys, plan);
         repeat::<V>(&mut h, &rates, &mut memory, plan);
         if comptime!(plan.gate) {
             sync_cube();
@@ -186,7 +184,7 @@ pub(super) fn backward<I: Float, W: Size, V: Size, X: Size>(
                     value += parameter::<W>(d, &own, i, plan) * Vector::cast_from(us[i]);
                 }
                 let gate = Vector::<f32, W>::cast_from(zs[i]);
-                value *= Vector::cast_from(dys[i]) * slope::<W>(gate);
+                value *= Vector::cast_from(dys[i]) * silu_slope::<W>(gate);
                 send::<I, W>(value, dz, &own, start, call, i, plan);
             }
             sync_cube();
@@ -260,14 +258,6 @@ fn zeros<V: Size>(#[comptime] count: usize, #[comptime] plan: Plan) -> Array<Vec
         vectors[n] = Vector::new(0.0f32);
     }
     vectors
-}
-
-/// The derivative of SiLU.
-#[cube]
-fn slope<W: Size>(z: Vector<f32, W>) -> Vector<f32, W> {
-    let one = Vector::<f32, W>::new(1.0f32);
-    let sigmoid = sigmoid::<W>(z);
-    sigmoid * (one + z * (one - sigmoid))
 }
 
 /// The states before the chunk, to the first place.

@@ -7,6 +7,8 @@
 
 use cubecl::prelude::*;
 
+use crate::ops::cube::math::softplus;
+
 /// Between the rows of tiles beyond their width: rows of neighbouring channels or tokens then fall into
 /// different banks, and vectors of four stay aligned.
 const GAP: usize = 4;
@@ -127,6 +129,13 @@ impl Plan {
     /// Numbers of a tile of B or C that a unit brings in.
     pub(super) fn own_group(&self) -> usize {
         (self.tokens * self.padded()).div_ceil(self.units)
+    }
+
+    /// Whether every unit brings in as many of everything, padding of the state aside.
+    fn is_even(&self) -> bool {
+        self.spots().is_multiple_of(self.units)
+            && (self.tokens * self.state).is_multiple_of(self.units)
+            && self.state == self.padded()
     }
 
     /// Elements read at once of what the units of a channel found.
@@ -250,22 +259,28 @@ pub(super) fn place(
     (own.batch * at.batch + inside) / comptime!(plan.width)
 }
 
-/// A unit's `i`th vector of the tile that starts at token `start`; zeros where it does not exist.
+/// A unit's `i`th vector of the tile that starts at token `start`; of a tile that is not whole, zeros where it does
+/// not exist.
 #[cube]
-pub(super) fn fetch<I: Float, W: Size>(
+fn fetch<I: Float, W: Size>(
     from: &[I],
     at: &Strides,
     own: &Own,
     start: usize,
     call: &Call,
     #[comptime] i: usize,
+    #[comptime] whole: bool,
     #[comptime] plan: Plan,
 ) -> Vector<I, W> {
     let from = from.as_vectorized().with_vector_size::<W>();
-    let exists = exists(own, start, call, i, plan);
-    // A select rather than a branch, so that the reads do not wait for each other.
-    let value = from[select(exists, place(at, own, start, i, plan), 0usize)];
-    select(exists, value, Vector::new(I::from_int(0)))
+    if comptime!(whole) {
+        from[place(at, own, start, i, plan)]
+    } else {
+        let exists = exists(own, start, call, i, plan);
+        // A select rather than a branch, so that the reads do not wait for each other.
+        let value = from[select(exists, place(at, own, start, i, plan), 0usize)];
+        select(exists, value, Vector::new(I::from_int(0)))
+    }
 }
 
 /// Writes a unit's `i`th vector, if it exists.
@@ -414,18 +429,23 @@ fn fetch_group<I: Float>(
     start: usize,
     call: &Call,
     into: &mut Array<I>,
+    #[comptime] whole: bool,
     #[comptime] plan: Plan,
 ) {
     let base = own.batch * at.batch + own.group * at.group;
     #[unroll(plan.unroll)]
     for i in 0..comptime!(plan.own_group()) {
         let (token, state) = group_spot(i, plan);
-        let exists = token < comptime!(plan.tokens)
-            && start + token < call.length
-            && state < comptime!(plan.state);
         let place = base + (start + token) * at.token + state * at.state;
-        let value = from[select(exists, place, 0usize)];
-        into[i] = select(exists, value, I::from_int(0));
+        if comptime!(whole) {
+            into[i] = from[place];
+        } else {
+            let exists = token < comptime!(plan.tokens)
+                && start + token < call.length
+                && state < comptime!(plan.state);
+            let value = from[select(exists, place, 0usize)];
+            into[i] = select(exists, value, I::from_int(0));
+        }
     }
 }
 
@@ -480,16 +500,67 @@ pub(super) fn fetch_tile<I: Float, W: Size>(
     into: &mut Incoming<I, W>,
     #[comptime] plan: Plan,
 ) {
+    if is_whole(own, start, call, plan) {
+        fetch_all::<I, W>(u, delta, z, b, c, own, start, call, into, true, plan);
+    } else {
+        fetch_all::<I, W>(u, delta, z, b, c, own, start, call, into, false, plan);
+    }
+}
+
+/// Whether all of a tile exists, and every unit brings in as many of everything. Nearly always; and numbers of 16
+/// bits are selected one by one, which costs more than the reads.
+#[cube]
+fn is_whole(own: &Own, start: usize, call: &Call, #[comptime] plan: Plan) -> bool {
+    let channels = comptime!(plan.is_even()) && own.channels >= comptime!(plan.channels());
+    channels && start + comptime!(plan.tokens) <= call.length
+}
+
+/// A unit's vectors of one tensor's tile.
+#[cube]
+pub(super) fn fetch_spots<I: Float, W: Size>(
+    from: &[I],
+    at: &Strides,
+    own: &Own,
+    start: usize,
+    call: &Call,
+    into: &mut Array<Vector<I, W>>,
+    #[comptime] plan: Plan,
+) {
+    let whole = is_whole(own, start, call, plan);
     #[unroll]
     for i in 0..comptime!(plan.own_spots()) {
-        into.u[i] = fetch::<I, W>(u, &call.u, own, start, call, i, plan);
-        into.delta[i] = fetch::<I, W>(delta, &call.delta, own, start, call, i, plan);
-        if comptime!(plan.gate) {
-            into.z[i] = fetch::<I, W>(z, &call.z, own, start, call, i, plan);
+        if whole {
+            into[i] = fetch::<I, W>(from, at, own, start, call, i, true, plan);
+        } else {
+            into[i] = fetch::<I, W>(from, at, own, start, call, i, false, plan);
         }
     }
-    fetch_group::<I>(b, &call.b, own, start, call, &mut into.b, plan);
-    fetch_group::<I>(c, &call.c, own, start, call, &mut into.c, plan);
+}
+
+#[cube]
+fn fetch_all<I: Float, W: Size>(
+    u: &[I],
+    delta: &[I],
+    z: &[I],
+    b: &[I],
+    c: &[I],
+    own: &Own,
+    start: usize,
+    call: &Call,
+    into: &mut Incoming<I, W>,
+    #[comptime] whole: bool,
+    #[comptime] plan: Plan,
+) {
+    #[unroll]
+    for i in 0..comptime!(plan.own_spots()) {
+        into.u[i] = fetch::<I, W>(u, &call.u, own, start, call, i, whole, plan);
+        into.delta[i] = fetch::<I, W>(delta, &call.delta, own, start, call, i, whole, plan);
+        if comptime!(plan.gate) {
+            into.z[i] = fetch::<I, W>(z, &call.z, own, start, call, i, whole, plan);
+        }
+    }
+    fetch_group::<I>(b, &call.b, own, start, call, &mut into.b, whole, plan);
+    fetch_group::<I>(c, &call.c, own, start, call, &mut into.c, whole, plan);
 }
 
 /// The channel of a unit's share, counted from the block's first.
@@ -584,19 +655,6 @@ pub(super) fn kept_place(
 ) -> usize {
     let row = (own.batch * call.chunks + chunk) * call.dim + own.first + own_channel(share, plan);
     (row * comptime!(plan.split) + own_part(plan)) * comptime!(plan.vectors)
-}
-
-/// `log(1 + e^x)`.
-#[cube]
-pub(super) fn softplus<W: Size>(x: Vector<f32, W>) -> Vector<f32, W> {
-    max(x, Vector::new(0.0f32)) + (-x.abs()).exp().log1p()
-}
-
-/// `1 / (1 + e^-x)`.
-#[cube]
-pub(super) fn sigmoid<W: Size>(x: Vector<f32, W>) -> Vector<f32, W> {
-    let one = Vector::<f32, W>::new(1.0f32);
-    one / (one + (-x).exp())
 }
 
 /// Delta before the softplus.

@@ -13,6 +13,7 @@
 use cubecl::prelude::*;
 
 use super::common::*;
+use crate::ops::cube::math::sigmoid;
 
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn forward<I: Float, W: Size, V: Size, X: Size>(

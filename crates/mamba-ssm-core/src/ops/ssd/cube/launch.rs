@@ -5,10 +5,10 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use super::forward_matrix::forward_matrix;
 use super::gradients::{gradients, skip_parts};
 use super::gradients_matrix::{gradients_matrix, half_planes};
 use super::outputs::outputs;
-use super::outputs_matrix::outputs_matrix;
 use super::plan::{CallLaunch, Plan, Sizes, plan};
 use super::states::{Direction, pass, walk};
 use super::states_matrix::walk_matrix;
@@ -27,6 +27,10 @@ const ENOUGH_CUBES: usize = 512;
 /// Cubes that walk over the chunks' states side by side. Measured: fewer leave a device idle on one long
 /// sequence, more only lengthen the passing from segment to segment (`docs/performance.md`).
 const WALKERS: usize = 256;
+
+/// Units that a multiprocessor runs of a walk for states with fragments, and of one for outputs too.
+const STATE_UNITS: usize = 512;
+const OUTPUT_UNITS: usize = 256;
 
 /// Room for the states before the chunks, whatever chunk the device's plan will have.
 pub(crate) fn states_shape(x: [usize; 4], b: [usize; 4]) -> [usize; 1] {
@@ -86,6 +90,8 @@ struct Ready {
     plan: Plan,
     /// Of the pass for gradients, which has more units.
     gradient_plan: Plan,
+    /// Of a walk for states alone.
+    state_plan: Plan,
     /// Types of inputs, tiles, and states between chunks.
     types: [ElemType; 3],
     states: DType,
@@ -149,6 +155,11 @@ impl Ready {
             sizes,
             plan,
             gradient_plan: plan.for_gradients(&client, tile),
+            state_plan: if plan.fragments {
+                plan.for_states(&sizes, &client.properties().hardware)
+            } else {
+                plan
+            },
             types: [elem(dtype), elem(tile), elem(states)],
             states,
             limit: [limit.0 as f32, limit.1.min(f64::from(f32::MAX)) as f32],
@@ -181,13 +192,34 @@ impl Ready {
         [self.plan.vector_x, self.plan.vector_n]
     }
 
-    /// Segments walked side by side: enough cubes to fill a device, at least four chunks each.
-    fn segments(&self) -> (usize, usize) {
-        let walkers = self.sizes.batch * self.tiles();
-        let wanted = WALKERS
-            .div_ceil(walkers)
-            .min(self.chunks().div_ceil(4))
-            .max(1);
+    /// Cubes of a walk over one segment.
+    fn walkers(&self, plan: &Plan) -> usize {
+        self.sizes.batch * self.sizes.heads / plan.heads
+    }
+
+    /// Segments walked side by side, and chunks of each: as many as keep the device busy, at least four chunks
+    /// each.
+    fn segments(&self, backwards: bool) -> (usize, usize) {
+        let multiprocessors = self
+            .client()
+            .properties()
+            .hardware
+            .num_streaming_multiprocessors;
+        let enough = match multiprocessors {
+            // One more than there is room for would have to wait for all the others.
+            Some(count) if self.plan.fragments => {
+                let (room, units, walkers) = if backwards {
+                    let plan = &self.state_plan;
+                    (STATE_UNITS, plan.walk_units(), self.walkers(plan))
+                } else {
+                    let plan = &self.plan;
+                    (OUTPUT_UNITS, plan.forward_units(), self.walkers(plan))
+                };
+                count as usize * (room / units).max(1) / walkers
+            }
+            _ => WALKERS.div_ceil(self.walkers(&self.plan)),
+        };
+        let wanted = enough.clamp(1, self.chunks().div_ceil(4));
         let each = self.chunks().div_ceil(wanted);
         (self.chunks().div_ceil(each), each)
     }
@@ -210,8 +242,15 @@ impl Ready {
         self.sizes.heads * self.sizes.headdim * self.sizes.state
     }
 
-    fn call(&self, cubes: usize, x: &Rows, b: &Rows, to: &Destinations) -> CallLaunch {
-        let (segments, each) = self.segments();
+    /// Of a pass in one direction.
+    fn call(
+        &self,
+        cubes: usize,
+        [x, b]: [&Rows; 2],
+        to: &Destinations,
+        backwards: bool,
+    ) -> CallLaunch {
+        let (segments, each) = self.segments(backwards);
         CallLaunch::new(
             cubes,
             self.sizes.length,
@@ -233,8 +272,8 @@ impl Ready {
     }
 
     /// A call that writes no rows, or whole ones.
-    fn own_call(&self, cubes: usize) -> CallLaunch {
-        self.call(cubes, &self.scan.x, &self.scan.b, &self.own())
+    fn own_call(&self, cubes: usize, backwards: bool) -> CallLaunch {
+        self.call(cubes, [&self.scan.x, &self.scan.b], &self.own(), backwards)
     }
 
     /// The operands' own places.
@@ -279,23 +318,130 @@ impl Ready {
             sum.clone().into_buffer_arg(),
             self.limit[0],
             self.limit[1],
-            self.own_call(cubes),
+            self.own_call(cubes, false),
             self.plan,
             elem(self.scan.dt.tensor.dtype),
         );
         (step, sum)
     }
 
-    /// The states at the boundaries of chunks and behind the last, from `rows` and `onto`: x and B
-    /// forwards, dy and C backwards.
+    /// One walk over the chunks of every segment, from `rows` and `onto`: x and B forwards, dy and C
+    /// backwards. Writes what the mode names.
     fn walk(
         &self,
-        rows: &Rows,
-        onto: &Rows,
+        [rows, onto]: [&Rows; 2],
+        [step, sum]: [&CubeTensor; 2],
+        start: CubeTensor,
+        [states, last, totals]: [CubeTensor; 3],
+        mode: Direction,
+    ) {
+        let cubes = self.walkers(&self.state_plan) * self.segments(mode.backwards).0;
+        let (client, count) = (self.client(), grid(cubes));
+        let read = [&rows.tensor, &onto.tensor, step, sum, &start];
+        let [x, b, step, sum, start] = read.map(|tensor| tensor.clone().into_buffer_arg());
+        let [states, last, totals] = [states, last, totals].map(CubeTensor::into_buffer_arg);
+        let call = self.call(cubes, [rows, onto], &self.own(), mode.backwards);
+        let (plan, addresses, vectors) = (self.state_plan, self.addresses, self.vectors());
+        if plan.fragments {
+            let [input, _, kept] = self.types;
+            let dim = CubeDim::new_1d(plan.walk_units() as u32);
+            walk_matrix::launch(
+                &client,
+                count,
+                dim,
+                addresses,
+                x,
+                b,
+                step,
+                sum,
+                start,
+                states,
+                last,
+                totals,
+                call,
+                plan,
+                mode,
+                [input, kept],
+                vectors,
+            );
+        } else {
+            walk::launch(
+                &client,
+                count,
+                plan.team.cube_dim(),
+                addresses,
+                x,
+                b,
+                step,
+                sum,
+                start,
+                states,
+                last,
+                totals,
+                call,
+                plan,
+                mode,
+                self.types,
+                vectors,
+            );
+        }
+    }
+
+    /// A tensor in place of one that is not wanted.
+    fn nothing(&self) -> CubeTensor {
+        empty_like(&self.scan.x.tensor, [16], DType::F32)
+    }
+
+    /// What every segment's walk starts from: with more than one, a walk of its own finds what each adds.
+    fn starts(
+        &self,
+        rows: [&Rows; 2],
+        steps: [&CubeTensor; 2],
         start: Option<CubeTensor>,
-        (step, sum): (&CubeTensor, &CubeTensor),
         backwards: bool,
-    ) -> (CubeTensor, CubeTensor) {
+    ) -> Option<CubeTensor> {
+        let (segments, _) = self.segments(backwards);
+        if segments == 1 {
+            return start;
+        }
+        let (like, size) = (&self.scan.x.tensor, self.state_size());
+        let Sizes { batch, heads, .. } = self.sizes;
+        let ends = empty_like(like, [batch, segments, size], DType::F32);
+        let totals = empty_like(like, [batch, segments, heads], DType::F32);
+        let states = empty_like(like, [16], self.states);
+        let alone = Direction {
+            backwards,
+            start: false,
+            emit: false,
+            ends: true,
+        };
+        let to = [states, ends.clone(), totals.clone()];
+        self.walk(rows, steps, self.nothing(), to, alone);
+        let mode = Direction {
+            start: start.is_some(),
+            ..alone
+        };
+        let vectors = batch * size / self.plan.vector_n;
+        let (count, dim) = self.elementwise(vectors);
+        pass::launch(
+            &self.client(),
+            count,
+            dim,
+            self.addresses,
+            totals.into_buffer_arg(),
+            start.unwrap_or_else(|| self.nothing()).into_buffer_arg(),
+            ends.clone().into_buffer_arg(),
+            size,
+            self.own_call(vectors, backwards),
+            self.plan,
+            mode,
+            self.plan.vector_n,
+        );
+        Some(ends)
+    }
+
+    /// Room for the states at the boundaries of chunks, or nothing, and for that behind the last.
+    fn room(&self, keep: bool) -> [CubeTensor; 2] {
         let Sizes {
             batch,
             heads,
@@ -303,149 +449,118 @@ impl Ready {
             state,
             ..
         } = self.sizes;
-        let (segments, _) = self.segments();
-        let cubes = batch * self.tiles() * segments;
         let like = &self.scan.x.tensor;
-        let size = self.state_size();
-        let nothing = || empty_like(like, [16], DType::F32);
-        let launch = |start: CubeTensor, states: CubeTensor, last: CubeTensor, mode: Direction| {
-            if self.plan.fragments {
-                let [input, _, kept] = self.types;
-                return walk_matrix::launch(
-                    &self.client(),
-                    grid(cubes),
-                    CubeDim::new_1d(self.plan.walk_units() as u32),
-                    self.addresses,
-                    rows.tensor.clone().into_buffer_arg(),
-                    onto.tensor.clone().into_buffer_arg(),
-                    step.clone().into_buffer_arg(),
-                    sum.clone().into_buffer_arg(),
-                    start.into_buffer_arg(),
-                    states.into_buffer_arg(),
-                    last.into_buffer_arg(),
-                    self.call(cubes, rows, onto, &self.own()),
-                    self.plan,
-                    mode,
-                    [input, kept],
-                    self.vectors(),
-                );
-            }
-            walk::launch(
-                &self.client(),
-                grid(cubes),
-                self.plan.team.cube_dim(),
-                self.addresses,
-                rows.tensor.clone().into_buffer_arg(),
-                onto.tensor.clone().into_buffer_arg(),
-                step.clone().into_buffer_arg(),
-                sum.clone().into_buffer_arg(),
-                start.into_buffer_arg(),
-                states.into_buffer_arg(),
-                last.into_buffer_arg(),
-                self.call(cubes, rows, onto, &self.own()),
-                self.plan,
-                mode,
-                self.types,
-                self.vectors(),
-            );
+        let kept = if keep {
+            batch * self.chunks() * self.state_size()
+        } else {
+            16
         };
-        let mut mode = Direction {
+        [
+            empty_like(like, [kept], self.states),
+            empty_like(like, [batch, heads, headdim, state], DType::F32),
+        ]
+    }
+
+    /// The states at the boundaries of chunks and behind the last.
+    fn states(
+        &self,
+        rows: [&Rows; 2],
+        steps: [&CubeTensor; 2],
+        start: Option<CubeTensor>,
+        backwards: bool,
+    ) -> [CubeTensor; 2] {
+        let start = self.starts(rows, steps, start, backwards);
+        let [states, last] = self.room(true);
+        let mode = Direction {
             backwards,
             start: start.is_some(),
             emit: true,
             ends: false,
         };
-        let mut start = start;
-        if segments > 1 {
-            let ends = empty_like(like, [batch, segments, size], DType::F32);
-            let states = empty_like(like, [16], self.states);
-            let alone = Direction {
-                start: false,
-                emit: false,
-                ends: true,
-                ..mode
-            };
-            launch(nothing(), states, ends.clone(), alone);
-            let (count, dim) = self.elementwise(batch * size / self.plan.vector_n);
-            pass::launch(
-                &self.client(),
-                count,
-                dim,
-                self.addresses,
-                sum.clone().into_buffer_arg(),
-                start.unwrap_or_else(nothing).into_buffer_arg(),
-                ends.clone().into_buffer_arg(),
-                size,
-                self.own_call(batch * size / self.plan.vector_n),
-                self.plan,
-                mode,
-                self.plan.vector_n,
-            );
-            start = Some(ends);
-            mode.start = true;
-        }
-        let states = empty_like(like, [batch * self.chunks() * size], self.states);
-        let last = empty_like(like, [batch, heads, headdim, state], DType::F32);
-        let start = start.unwrap_or_else(nothing);
-        launch(start, states.clone(), last.clone(), mode);
-        (states, last)
+        let start = start.unwrap_or_else(|| self.nothing());
+        let to = [states.clone(), last.clone(), self.nothing()];
+        self.walk(rows, steps, start, to, mode);
+        [states, last]
+    }
+
+    /// Outputs and states in one walk, with fragments.
+    fn forward_matrix(&self, steps: [&CubeTensor; 2], y: &Rows, keep: bool) -> [CubeTensor; 2] {
+        let Scan { x, b, c, .. } = &self.scan;
+        let start = self.starts([x, b], steps, self.scan.initial.clone(), false);
+        let [states, last] = self.room(keep);
+        let mode = Direction {
+            backwards: false,
+            start: start.is_some(),
+            emit: keep,
+            ends: false,
+        };
+        let cubes = self.walkers(&self.plan) * self.segments(false).0;
+        let to = Destinations {
+            x: y.clone(),
+            ..self.own()
+        };
+        let [input, _, kept] = self.types;
+        forward_matrix::launch(
+            &self.client(),
+            grid(cubes),
+            CubeDim::new_1d(self.plan.forward_units() as u32),
+            self.addresses,
+            x.tensor.clone().into_buffer_arg(),
+            b.tensor.clone().into_buffer_arg(),
+            c.tensor.clone().into_buffer_arg(),
+            self.d.clone().into_buffer_arg(),
+            steps[0].clone().into_buffer_arg(),
+            steps[1].clone().into_buffer_arg(),
+            start.unwrap_or_else(|| self.nothing()).into_buffer_arg(),
+            y.tensor.clone().into_buffer_arg(),
+            states.clone().into_buffer_arg(),
+            last.clone().into_buffer_arg(),
+            self.call(cubes, [x, b], &to, false),
+            self.plan,
+            mode,
+            [input, kept],
+            self.vectors(),
+        );
+        [states, last]
     }
 }
 
-/// The forward pass: the output into `y`'s rows; returns the final state and the states between chunks.
-pub(crate) fn forward(scan: Scan, y: &Rows) -> (CubeTensor, CubeTensor) {
+/// The forward pass: the output into `y`'s rows; returns the final state and the states between chunks, or,
+/// where those are not to be kept, anything.
+pub(crate) fn forward(scan: Scan, y: &Rows, keep: bool) -> (CubeTensor, CubeTensor) {
     let ready = Ready::new(scan, [&[y], &[]]);
     let (step, sum) = ready.steps();
+    if ready.plan.fragments {
+        let [states, final_state] = ready.forward_matrix([&step, &sum], y, keep);
+        return (final_state, states);
+    }
     let Scan {
         x, b, c, initial, ..
     } = &ready.scan;
-    let (states, final_state) = ready.walk(x, b, initial.clone(), (&step, &sum), false);
+    let [states, final_state] = ready.states([x, b], [&step, &sum], initial.clone(), false);
     let cubes = ready.sizes.batch * ready.chunks() * ready.tiles() / ready.tiles_per_cube();
     let to = Destinations {
         x: y.clone(),
         ..ready.own()
     };
-    let call = ready.call(cubes, x, b, &to);
-    let [input, _, kept] = ready.types;
-    if ready.plan.fragments {
-        outputs_matrix::launch(
-            &ready.client(),
-            grid(cubes),
-            CubeDim::new_1d(ready.plan.output_units() as u32),
-            ready.addresses,
-            x.tensor.clone().into_buffer_arg(),
-            b.tensor.clone().into_buffer_arg(),
-            c.tensor.clone().into_buffer_arg(),
-            ready.d.clone().into_buffer_arg(),
-            step.into_buffer_arg(),
-            sum.into_buffer_arg(),
-            states.clone().into_buffer_arg(),
-            y.tensor.clone().into_buffer_arg(),
-            call,
-            ready.plan,
-            [input, kept],
-            ready.vectors(),
-        );
-    } else {
-        outputs::launch(
-            &ready.client(),
-            grid(cubes),
-            ready.plan.team.cube_dim(),
-            ready.addresses,
-            x.tensor.clone().into_buffer_arg(),
-            b.tensor.clone().into_buffer_arg(),
-            c.tensor.clone().into_buffer_arg(),
-            ready.d.clone().into_buffer_arg(),
-            step.into_buffer_arg(),
-            sum.into_buffer_arg(),
-            states.clone().into_buffer_arg(),
-            y.tensor.clone().into_buffer_arg(),
-            call,
-            ready.plan,
-            ready.types,
-            ready.vectors(),
-        );
-    }
+    outputs::launch(
+        &ready.client(),
+        grid(cubes),
+        ready.plan.team.cube_dim(),
+        ready.addresses,
+        x.tensor.clone().into_buffer_arg(),
+        b.tensor.clone().into_buffer_arg(),
+        c.tensor.clone().into_buffer_arg(),
+        ready.d.clone().into_buffer_arg(),
+        step.into_buffer_arg(),
+        sum.into_buffer_arg(),
+        states.clone().into_buffer_arg(),
+        y.tensor.clone().into_buffer_arg(),
+        ready.call(cubes, [x, b], &to, false),
+        ready.plan,
+        ready.types,
+        ready.vectors(),
+    );
     (final_state, states)
 }
 
@@ -468,7 +583,7 @@ pub(crate) fn backward(
     } = ready.sizes;
     let like = ready.scan.x.tensor.clone();
     let (step, sum) = ready.steps();
-    let (dstates, dinitial) = ready.walk(dy, &ready.scan.c, dfinal_state, (&step, &sum), true);
+    let [dstates, dinitial] = ready.states([dy, &ready.scan.c], [&step, &sum], dfinal_state, true);
 
     let padded = [batch, ready.chunks() * ready.plan.chunk, heads];
     let [dsteps, decays] = [0, 1].map(|_| empty_like(&like, padded, DType::F32));
@@ -510,7 +625,7 @@ pub(crate) fn backward(
     let [step, sum, states, dstates] = made.map(CubeTensor::into_buffer_arg);
     let [dx, db, dc] = written.map(CubeTensor::into_buffer_arg);
     let [dsteps_arg, decays_arg, dd_arg] = terms.map(CubeTensor::into_buffer_arg);
-    let call = ready.call(cubes, &ready.scan.x, &ready.scan.b, &direct);
+    let call = ready.call(cubes, [&ready.scan.x, &ready.scan.b], &direct, true);
     if ready.plan.fragments {
         let dim = CubeDim::new_1d(ready.plan.gradient_units() as u32);
         gradients_matrix::launch(
@@ -610,7 +725,7 @@ impl Ready {
             dbias.clone().into_buffer_arg(),
             self.limit[0],
             self.limit[1],
-            self.call(elements, &self.scan.x, &self.scan.b, to),
+            self.call(elements, [&self.scan.x, &self.scan.b], to, true),
             self.plan,
             elem(self.scan.dt.tensor.dtype),
         );

@@ -2,9 +2,11 @@
 //!
 //! `steps` makes step sizes and their sums; `states` walks the chunks for the states between them;
 //! `outputs` computes every chunk from the state before it; `gradients` is the backward pass over chunks,
-//! with `states` walked backwards. `states_matrix`, `outputs_matrix` and `gradients_matrix` are the same
-//! passes on devices that multiply fragments in registers. `plan` chooses sizes; `launch` strings the passes together.
+//! with `states` walked backwards. On devices that multiply fragments in registers `states_matrix` and
+//! `gradients_matrix` take their place, and `forward_matrix` walks for states and outputs (`outputs_matrix`)
+//! together. `plan` chooses sizes; `launch` strings the passes together.
 
+mod forward_matrix;
 mod gradients;
 mod gradients_matrix;
 mod launch;
@@ -62,11 +64,11 @@ fn shaped(rows: Rows, shape: Shape) -> FloatTensor<CubeBackend> {
 }
 
 impl SsdBackend for CubeBackend {
-    fn ssd_forward(operands: Operands<Self>, spec: Spec, _keep: bool) -> Forward<Self> {
+    fn ssd_forward(operands: Operands<Self>, spec: Spec, keep: bool) -> Forward<Self> {
         let shape = operands.x.meta.shape.clone();
         let scan = scan(operands, spec);
         let y = rows_like(&scan.x);
-        let (final_state, states) = forward(scan, &y);
+        let (final_state, states) = forward(scan, &y, keep);
         Forward {
             y: shaped(y, shape),
             final_state,

@@ -1,173 +1,113 @@
-//! The outputs of every chunk, as `outputs` has them, on matrix units with fragments.
+//! The outputs of a chunk, on matrix units with fragments.
 //!
 //! ```text
 //! y[i] = sum_{j <= i} (C[i].B[j]) exp(s[i] - s[j]) dt[j] x[j]  +  exp(s[i]) h C[i]  +  D x[i]
 //! ```
 //!
-//! A cube owns one chunk and the tiles of channels of a block of heads; a plane owns 16 tokens. `C B^T`
-//! stays in registers over all heads; decayed and masked there, it is the left operand of the product with
-//! x, which is summed on top of `C H^T`. The next tile's x and states are on their way from memory while
-//! this one's outputs are computed. Bytes: as in `outputs`.
+//! A plane owns 16 tokens and some of the heads, or of a head's channels. `C B^T` stays in registers over all heads; decayed and masked there, it is the left
+//! operand of the product with x, which is summed on top of `C H^T`.
 
 use cubecl::prelude::*;
 
 use super::plan::{Call, Plan};
-use super::steps::{bounded, last_of_block};
+use super::steps::bounded;
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
-    LANES, NARROW, Pair, left, multiply, own_column, own_pair, own_row, right, right_transposed,
-    zero_sums,
+    LANES, NARROW, Pair, four, four_column, left, multiply, own_column, own_pair, own_row, right,
+    right_transposed, zero_sums,
 };
-use crate::ops::cube::tile::{fetch, put};
 
-/// Step sizes that a unit carries per tile.
-fn step_shares(plan: Plan) -> usize {
-    (plan.chunk * plan.heads).div_ceil(plan.output_units())
-}
-
-/// Vectors of a tile's states that each of so many units carries.
-pub(super) fn state_shares(plan: Plan, units: usize) -> usize {
-    (plan.channels() * plan.state_padded() / plan.vector_n).div_ceil(units)
-}
-
-/// What a cube owns.
+/// What a chunk's outputs are made of, in shared memory.
 #[derive(CubeType)]
-struct Share {
-    batch: usize,
-    chunk: usize,
-    /// The first of its heads.
-    head: usize,
-    /// Tokens before its own, and how many it has.
-    base: usize,
-    rows: usize,
-}
-
-#[cube]
-fn share(call: &Call, #[comptime] plan: Plan) -> Share {
-    let blocks = call.heads / comptime!(plan.heads) / call.tiles;
-    let chunk = CUBE_POS / blocks % call.chunks;
-    let batch = CUBE_POS / blocks / call.chunks;
-    let token = chunk * comptime!(plan.chunk);
-    Share {
-        batch,
-        chunk,
-        head: CUBE_POS % blocks * call.tiles * comptime!(plan.heads),
-        base: batch * call.length + token,
-        rows: min(call.length - token, comptime!(plan.chunk).runtime()),
-    }
-}
-
-#[cube(launch, address_type = "dynamic")]
-pub(super) fn outputs_matrix<E: Float, S: Float, VX: Size, VN: Size>(
-    x: &[E],
-    b: &[E],
-    c: &[E],
-    d: &[f32],
-    steps: &[f32],
-    sums: &[f32],
-    states: &[S],
-    y: &mut [E],
-    call: &Call,
-    #[comptime] plan: Plan,
-    #[define(E, S)] _types: [ElemType; 2],
-    #[define(VX, VN)] _sizes: [usize; 2],
-) {
-    if CUBE_POS >= call.cubes {
-        terminate!();
-    }
-    let own = share(call, plan);
-    let units = comptime!(plan.output_units());
-    let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
-    let mut x_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_x.size()), 128usize);
-    let mut b_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 128usize);
-    let mut c_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 128usize);
-    let mut h_tile =
-        Shared::<[E]>::new_aligned_slice(comptime!(plan.channels() * plan.stride_n()), 128usize);
-    let mut decays = Decays {
-        step: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
-        sum: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
-        factor: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
-    };
-    let mut next_x = Array::<Vector<E, VX>>::new(comptime!(tile_x.shares(units)));
-    let mut next_h = Array::<Vector<S, VN>>::new(comptime!(state_shares(plan, units)));
-    let mut next_step = Array::<f32>::new(comptime!(step_shares(plan)));
-    let mut next_sum = Array::<f32>::new(comptime!(step_shares(plan)));
-    let mut next_end = Array::<f32>::new(comptime!(step_shares(plan)));
-
-    let column = own.head / (call.heads / call.groups) * comptime!(plan.state);
-    let mut rows = Array::<Vector<E, VN>>::new(comptime!(tile_n.shares(units)));
-    let from_b = call.b.offset + own.base * call.b.row + column;
-    fetch::<E, VN>(b, from_b, call.b.row, own.rows, &mut rows, tile_n, units);
-    put::<E, VN>(&rows, &mut b_tile, 0usize, tile_n, units);
-    let from_c = call.c.offset + own.base * call.c.row + column;
-    fetch::<E, VN>(c, from_c, call.c.row, own.rows, &mut rows, tile_n, units);
-    put::<E, VN>(&rows, &mut c_tile, 0usize, tile_n, units);
-    fetch_x::<E, VX>(x, own.head, &own, &mut next_x, call, plan);
-    fetch_states::<S, VN>(
-        states,
-        own.batch,
-        own.chunk,
-        own.head,
-        &mut next_h,
-        call,
-        plan,
-        units,
-    );
-    fetch_steps(steps, own.head, &own, &mut next_step, call, plan, false);
-    fetch_steps(sums, own.head, &own, &mut next_sum, call, plan, false);
-    fetch_steps(sums, own.head, &own, &mut next_end, call, plan, true);
-    sync_cube();
-    let scores = similarities::<E>(&c_tile, &b_tile, plan);
-
-    // Not known when compiled, or the loop over heads would be unrolled: the code of all heads would not fit
-    // the instruction cache.
-    let heads = min(call.heads, comptime!(plan.heads).runtime());
-    for tile in 0..call.tiles {
-        let head = own.head + tile * comptime!(plan.heads);
-        sync_cube();
-        put::<E, VX>(&next_x, &mut x_tile, 0usize, tile_x, units);
-        put_states::<S, E, VN>(&next_h, &mut h_tile, 0usize, plan, units);
-        put_decays(&next_step, &next_sum, &next_end, &mut decays, plan);
-        sync_cube();
-        if tile + 1 < call.tiles {
-            let next = head + comptime!(plan.heads);
-            fetch_x::<E, VX>(x, next, &own, &mut next_x, call, plan);
-            fetch_states::<S, VN>(
-                states,
-                own.batch,
-                own.chunk,
-                next,
-                &mut next_h,
-                call,
-                plan,
-                units,
-            );
-            fetch_steps(steps, next, &own, &mut next_step, call, plan, false);
-            fetch_steps(sums, next, &own, &mut next_sum, call, plan, false);
-            fetch_steps(sums, next, &own, &mut next_end, call, plan, true);
-        }
-        for inner in 0..heads {
-            let mut out = zero_sums(comptime!(plan.headdim_padded() / NARROW));
-            carried::<E>(&c_tile, &h_tile, &decays.sum, &mut out, inner, plan);
-            mixed::<E>(&scores, &x_tile, &decays, &mut out, inner, plan);
-            store::<E>(&out, &x_tile, d, y, &own, head, inner, call, plan);
-        }
-    }
+pub(super) struct Tiles<E: Float> {
+    /// `[chunk, channels]`.
+    pub(super) x: Shared<[E]>,
+    /// `[chunk, state]`.
+    pub(super) b: Shared<[E]>,
+    pub(super) c: Shared<[E]>,
+    /// The state before the chunk, `[channels, state]`.
+    pub(super) h: Shared<[E]>,
+    /// `[channels]`.
+    pub(super) d: Shared<[f32]>,
+    pub(super) decays: Decays,
 }
 
 /// Of a tile's tokens, `[heads, chunk]` each.
 #[derive(CubeType)]
-struct Decays {
-    step: Shared<[f32]>,
-    sum: Shared<[f32]>,
+pub(super) struct Decays {
+    pub(super) step: Shared<[f32]>,
+    pub(super) sum: Shared<[f32]>,
     /// The decay from a token to the last of its block of 16, times its step.
-    factor: Shared<[f32]>,
+    pub(super) factor: Shared<[f32]>,
+    /// That to the end of the chunk.
+    pub(super) weight: Shared<[f32]>,
+    /// `[heads]`: over the whole chunk.
+    pub(super) whole: Shared<[f32]>,
 }
 
-/// The plane's first token in the chunk.
+/// The outputs of a plane's tokens into `y`, whose rows of this chunk begin at element `to`; `rows` of them exist.
 #[cube]
-fn first_token() -> usize {
-    UNIT_POS as usize / LANES * SIDE
+pub(super) fn outputs<E: Float>(
+    tiles: &Tiles<E>,
+    y: &mut [E],
+    to: usize,
+    rows: usize,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let own = task(plan);
+    let scores = similarities::<E>(&tiles.c, &tiles.b, &own, plan);
+    // Not known when compiled, or the loop over heads would be unrolled: the code of all heads would not fit
+    // the instruction cache.
+    let parts = comptime!(plan.output_parts().0);
+    let heads = min(call.heads, comptime!(plan.heads / parts).runtime());
+    for n in 0..heads {
+        let head = own.head + n * parts;
+        let mut out = zero_sums(comptime!(columns(plan) / NARROW));
+        carried::<E>(
+            &tiles.c,
+            &tiles.h,
+            &tiles.decays.sum,
+            &mut out,
+            &own,
+            head,
+            plan,
+        );
+        mixed::<E>(&scores, &tiles.x, &tiles.decays, &mut out, &own, head, plan);
+        if comptime!(plan.skip) {
+            add_skip::<E>(&mut out, tiles, &own, head, plan);
+        }
+        let to = to + head * comptime!(plan.headdim);
+        store::<E>(&out, y, to, rows, &own, call, plan);
+    }
+}
+
+/// What a plane owns.
+#[derive(CubeType)]
+struct Task {
+    /// The first of its tokens in the chunk.
+    token: usize,
+    /// The first of its heads.
+    head: usize,
+    /// The first of its channels in a head.
+    channel: usize,
+}
+
+#[cube]
+fn task(#[comptime] plan: Plan) -> Task {
+    let plane = UNIT_POS as usize / LANES;
+    let blocks = comptime!(plan.chunk / SIDE);
+    let heads = comptime!(plan.output_parts().0);
+    Task {
+        token: plane % blocks * SIDE,
+        head: plane / blocks % heads,
+        channel: plane / blocks / heads * comptime!(columns(plan)),
+    }
+}
+
+/// A plane's channels of a head.
+fn columns(plan: Plan) -> usize {
+    plan.headdim_padded() / plan.output_parts().1
 }
 
 /// `C B^T` of a plane's tokens with those up to its last.
@@ -175,10 +115,11 @@ fn first_token() -> usize {
 fn similarities<E: Float>(
     c_tile: &Shared<[E]>,
     b_tile: &Shared<[E]>,
+    own: &Task,
     #[comptime] plan: Plan,
 ) -> Array<Pair<f32>> {
     let mut scores = zero_sums(comptime!(plan.chunk / NARROW));
-    let token = first_token();
+    let token = own.token;
     let stride = comptime!(plan.stride_n());
     #[unroll]
     for step in 0..comptime!(plan.state_padded() / SIDE) {
@@ -202,6 +143,7 @@ fn carried<E: Float>(
     h_tile: &Shared<[E]>,
     sum: &Shared<[f32]>,
     out: &mut Array<Pair<f32>>,
+    own: &Task,
     head: usize,
     #[comptime] plan: Plan,
 ) {
@@ -210,20 +152,20 @@ fn carried<E: Float>(
     #[unroll]
     for step in 0..comptime!(plan.state_padded() / SIDE) {
         let k = comptime!(step * SIDE);
-        let rows = left::<E>(c_tile, first_token(), k, stride);
+        let rows = left::<E>(c_tile, own.token, k, stride);
         #[unroll]
-        for block in 0..comptime!(padded / SIDE) {
-            let column = head * padded + comptime!(block * SIDE);
+        for block in 0..comptime!(columns(plan) / SIDE) {
+            let column = head * padded + own.channel + comptime!(block * SIDE);
             let columns = right_transposed::<E>(h_tile, k, column, stride);
             multiply::<E>(&rows, &columns, out, comptime!(2 * block));
         }
     }
-    let token = head * comptime!(plan.chunk) + first_token() + own_row();
+    let token = head * comptime!(plan.chunk) + own.token + own_row();
     #[unroll]
     for half in 0..2usize {
         let decay = Pair::<f32>::new(sum[token + comptime!(half * 8)].exp());
         #[unroll]
-        for n in 0..comptime!(padded / NARROW) {
+        for n in 0..comptime!(columns(plan) / NARROW) {
             out[comptime!(2 * n + half)] *= decay;
         }
     }
@@ -236,6 +178,7 @@ fn mixed<E: Float>(
     x_tile: &Shared<[E]>,
     decays: &Decays,
     out: &mut Array<Pair<f32>>,
+    own: &Task,
     head: usize,
     #[comptime] plan: Plan,
 ) {
@@ -243,16 +186,16 @@ fn mixed<E: Float>(
     #[unroll]
     for block in 0..comptime!(plan.chunk / SIDE) {
         let token = comptime!(block * SIDE);
-        if token <= first_token() {
+        if token <= own.token {
             let mut rows = Array::<Pair<E>>::new(4usize);
-            if token == first_token() {
-                own_block::<E>(scores, decays, &mut rows, head, block, plan);
+            if token == own.token {
+                own_block::<E>(scores, decays, &mut rows, own, head, block, plan);
             } else {
-                earlier_block::<E>(scores, decays, &mut rows, head, block, plan);
+                earlier_block::<E>(scores, decays, &mut rows, own, head, block, plan);
             }
             #[unroll]
-            for n in 0..comptime!(padded / SIDE) {
-                let column = head * padded + comptime!(n * SIDE);
+            for n in 0..comptime!(columns(plan) / SIDE) {
+                let column = head * padded + own.channel + comptime!(n * SIDE);
                 let columns = right::<E>(x_tile, token, column, comptime!(plan.stride_x()));
                 multiply::<E>(&rows, &columns, out, comptime!(2 * n));
             }
@@ -267,6 +210,7 @@ fn earlier_block<E: Float>(
     scores: &Array<Pair<f32>>,
     decays: &Decays,
     rows: &mut Array<Pair<E>>,
+    own: &Task,
     head: usize,
     #[comptime] block: usize,
     #[comptime] plan: Plan,
@@ -276,7 +220,7 @@ fn earlier_block<E: Float>(
     // In pairs.
     let others = head * comptime!(plan.chunk / 2) + own_pair() + comptime!(block * SIDE / 2);
     let edge = decays.sum[base + comptime!(block * SIDE + SIDE - 1)];
-    let token = base + first_token() + own_row();
+    let token = base + own.token + own_row();
     #[unroll]
     for row in 0..2usize {
         let decay = bounded(decays.sum[token + comptime!(row * 8)] - edge);
@@ -296,6 +240,7 @@ fn own_block<E: Float>(
     scores: &Array<Pair<f32>>,
     decays: &Decays,
     rows: &mut Array<Pair<E>>,
+    own: &Task,
     head: usize,
     #[comptime] block: usize,
     #[comptime] plan: Plan,
@@ -304,7 +249,7 @@ fn own_block<E: Float>(
     let sums = decays.sum.as_vectorized().with_vector_size::<Const<2>>();
     // In pairs.
     let others = head * comptime!(plan.chunk / 2) + own_pair() + comptime!(block * SIDE / 2);
-    let token = head * comptime!(plan.chunk) + first_token() + own_row();
+    let token = head * comptime!(plan.chunk) + own.token + own_row();
     #[unroll]
     for n in 0..4usize {
         // Left, below, right, below right: the one on the right holds no pair, the one below all of its.
@@ -312,14 +257,14 @@ fn own_block<E: Float>(
         if comptime!(row < side) {
             rows[n] = Pair::<E>::new(E::from_int(0));
         } else {
-            let own = decays.sum[token + comptime!(row * 8)];
+            let own_sum = decays.sum[token + comptime!(row * 8)];
             let behind = sums[others + comptime!(side * NARROW / 2)];
             let step = steps[others + comptime!(side * NARROW / 2)];
             let score = scores[comptime!(2 * (2 * block + side) + row)];
             let mut values = Pair::<f32>::new(0.0f32);
             #[unroll]
             for lane in 0..2usize {
-                let mut weight = (own - behind.extract(lane)).exp() * step.extract(lane);
+                let mut weight = (own_sum - behind.extract(lane)).exp() * step.extract(lane);
                 if comptime!(row == side) {
                     weight = select(own_column() + lane <= own_row(), weight, 0.0f32);
                 }
@@ -330,170 +275,69 @@ fn own_block<E: Float>(
     }
 }
 
-/// Writes the outputs of a head, with the skip connection.
+/// Adds the skip connection.
+#[cube]
+fn add_skip<E: Float>(
+    out: &mut Array<Pair<f32>>,
+    tiles: &Tiles<E>,
+    own: &Task,
+    head: usize,
+    #[comptime] plan: Plan,
+) {
+    let x = tiles.x.as_vectorized().with_vector_size::<Const<2>>();
+    let d = tiles.d.as_vectorized().with_vector_size::<Const<2>>();
+    // In pairs.
+    let channel = head * comptime!(plan.headdim_padded() / 2) + own.channel / 2 + own_pair();
+    let row = comptime!(plan.stride_x() / 2);
+    let from = (own.token + own_row()) * row + channel;
+    #[unroll]
+    for n in 0..comptime!(columns(plan) / NARROW) {
+        let weight = d[channel + comptime!(n * NARROW / 2)];
+        #[unroll]
+        for half in 0..2usize {
+            let value = x[from + comptime!(half * 8 * row + n * NARROW / 2)];
+            let at = comptime!(2 * n + half);
+            out[at] = fma(Pair::<f32>::cast_from(value), weight, out[at]);
+        }
+    }
+}
+
+/// Writes the outputs of a head, four channels at a time where they lie so.
 #[cube]
 fn store<E: Float>(
     out: &Array<Pair<f32>>,
-    x_tile: &Shared<[E]>,
-    d: &[f32],
     y: &mut [E],
-    own: &Share,
-    first_head: usize,
-    head: usize,
+    to: usize,
+    rows: usize,
+    own: &Task,
     call: &Call,
     #[comptime] plan: Plan,
 ) {
-    let x_tile = x_tile.as_vectorized().with_vector_size::<Const<2>>();
-    let d = d.as_vectorized().with_vector_size::<Const<2>>();
-    let y = y.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
-    let first = first_token() + own_row();
     #[unroll]
-    for n in 0..comptime!(plan.headdim_padded() / NARROW) {
-        let inside = comptime!(n * NARROW) + own_column();
-        if inside < comptime!(plan.headdim) {
-            let channel = (first_head + head) * comptime!(plan.headdim) + inside;
-            #[unroll]
-            for half in 0..2usize {
-                let row = first + comptime!(half * 8);
-                if row < own.rows {
-                    let mut value = out[comptime!(2 * n + half)];
-                    if comptime!(plan.skip) {
-                        let place = row * comptime!(plan.stride_x())
-                            + head * comptime!(plan.headdim_padded())
-                            + inside;
-                        value += Pair::<f32>::cast_from(x_tile[place / 2]) * d[channel / 2];
-                    }
-                    let place = call.out.offset + (own.base + row) * call.out.row + channel;
-                    y[place / 2] = Pair::<E>::cast_from(value);
+    for half in 0..2usize {
+        let row = own.token + own_row() + comptime!(half * 8);
+        let to = to + row * call.out.row;
+        #[unroll]
+        for n in 0..comptime!(columns(plan) / SIDE) {
+            let first = out[comptime!(4 * n + half)];
+            let second = out[comptime!(4 * n + 2 + half)];
+            if comptime!(plan.vector_x >= 4) {
+                let values = four(first, second);
+                let inside = own.channel + comptime!(n * SIDE) + four_column();
+                if row < rows && inside < comptime!(plan.headdim) {
+                    let y = y.as_vectorized_mut().with_vector_size_mut::<Const<4>>();
+                    y[(to + inside) / 4] = Vector::<E, Const<4>>::cast_from(values);
+                }
+            } else {
+                let y = y.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
+                let inside = own.channel + comptime!(n * SIDE) + own_column();
+                if row < rows && inside < comptime!(plan.headdim) {
+                    y[(to + inside) / 2] = Pair::<E>::cast_from(first);
+                }
+                if row < rows && inside + NARROW < comptime!(plan.headdim) {
+                    y[(to + inside + NARROW) / 2] = Pair::<E>::cast_from(second);
                 }
             }
-        }
-    }
-}
-
-/// A unit's share of x of the tile that starts at a head.
-#[cube]
-fn fetch_x<E: Float, V: Size>(
-    x: &[E],
-    head: usize,
-    own: &Share,
-    into: &mut Array<Vector<E, V>>,
-    call: &Call,
-    #[comptime] plan: Plan,
-) {
-    let base = call.x.offset + own.base * call.x.row + head * comptime!(plan.headdim);
-    fetch::<E, V>(
-        x,
-        base,
-        call.x.row,
-        own.rows,
-        into,
-        comptime!(plan.tile_x()),
-        comptime!(plan.output_units()),
-    );
-}
-
-/// A unit's share of the states at a chunk of the tile that starts at a head.
-#[cube]
-pub(super) fn fetch_states<S: Float, V: Size>(
-    states: &[S],
-    batch: usize,
-    chunk: usize,
-    head: usize,
-    into: &mut Array<Vector<S, V>>,
-    call: &Call,
-    #[comptime] plan: Plan,
-    #[comptime] units: usize,
-) {
-    let entry =
-        ((batch * call.chunks + chunk) * call.heads + head) * comptime!(plan.headdim * plan.state);
-    let from = states.as_vectorized().with_vector_size::<V>();
-    let vectors = comptime!(plan.state_padded() / plan.vector_n);
-    #[unroll]
-    for share in 0..comptime!(state_shares(plan, units)) {
-        let place = UNIT_POS as usize + comptime!(share * units);
-        let (row, n) = (place / vectors, place % vectors * comptime!(plan.vector_n));
-        let inner = row / comptime!(plan.headdim_padded());
-        let p = row % comptime!(plan.headdim_padded());
-        let exists = row < comptime!(plan.channels())
-            && p < comptime!(plan.headdim)
-            && n < comptime!(plan.state);
-        let at = entry + (inner * comptime!(plan.headdim) + p) * comptime!(plan.state) + n;
-        let value = from[select(exists, at / comptime!(plan.vector_n), 0usize)];
-        into[share] = select(exists, value, Vector::new(S::from_int(0)));
-    }
-}
-
-/// Writes them into shared memory, `[channels, state]`, from element `start` on.
-#[cube]
-pub(super) fn put_states<S: Float, E: Float, V: Size>(
-    values: &Array<Vector<S, V>>,
-    into: &mut Shared<[E]>,
-    start: usize,
-    #[comptime] plan: Plan,
-    #[comptime] units: usize,
-) {
-    let into = into.as_vectorized_mut().with_vector_size_mut::<V>();
-    let vectors = comptime!(plan.state_padded() / plan.vector_n);
-    #[unroll]
-    for share in 0..comptime!(state_shares(plan, units)) {
-        let place = UNIT_POS as usize + comptime!(share * units);
-        let (row, column) = (place / vectors, place % vectors);
-        if row < comptime!(plan.channels()) {
-            let at = start / comptime!(plan.vector_n)
-                + row * comptime!(plan.stride_n() / plan.vector_n)
-                + column;
-            into[at] = Vector::<E, V>::cast_from(values[share]);
-        }
-    }
-}
-
-/// A unit's share of the chunk's steps, or of their sums, of the tile that starts at a head; or of the sums at
-/// the ends of the tokens' blocks of 16.
-#[cube]
-fn fetch_steps(
-    from: &[f32],
-    first_head: usize,
-    own: &Share,
-    into: &mut Array<f32>,
-    call: &Call,
-    #[comptime] plan: Plan,
-    #[comptime] ends: bool,
-) {
-    let base = (own.batch * call.chunks + own.chunk) * comptime!(plan.chunk);
-    #[unroll]
-    for share in 0..comptime!(step_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.output_units());
-        let mut token = min(
-            n / comptime!(plan.heads),
-            comptime!(plan.chunk - 1).runtime(),
-        );
-        if comptime!(ends) {
-            token = last_of_block(token);
-        }
-        let head = n % comptime!(plan.heads);
-        into[share] = from[(base + token) * call.heads + first_head + head];
-    }
-}
-
-/// Writes what [`fetch_steps`] read into shared memory.
-#[cube]
-fn put_decays(
-    step: &Array<f32>,
-    sum: &Array<f32>,
-    end: &Array<f32>,
-    into: &mut Decays,
-    #[comptime] plan: Plan,
-) {
-    #[unroll]
-    for share in 0..comptime!(step_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.output_units());
-        let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
-        if token < comptime!(plan.chunk) {
-            let at = head * comptime!(plan.chunk) + token;
-            into.step[at] = step[share];
-            into.sum[at] = sum[share];
-            into.factor[at] = bounded(end[share] - sum[share]) * step[share];
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::ops::cube::product::{Lie, Part, Product};
 use crate::ops::cube::tile::Tile;
 use crate::ops::cube::{SIDE, Team};
 use crate::ops::ssd::cube::gradients::{KEPT, kept_parts, pair_parts, parts};
+use crate::ops::ssd::cube::launch::states_dtype;
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,6 +30,10 @@ pub(super) struct Plan {
     pub(super) team: Team,
     /// Whether the passes multiply fragments in registers.
     pub(super) fragments: bool,
+    /// Parts of the state that planes of the same channels have in walks with fragments.
+    pub(super) state_parts: usize,
+    /// Whether the states between chunks are kept in the type of the tiles.
+    pub(super) kept_as_tile: bool,
 }
 
 /// Gaps behind the rows of tiles, so that the rows of a block fall into different banks.
@@ -39,6 +44,9 @@ const WIDE: usize = 512;
 
 /// The largest state that a plane keeps in registers for 16 channels: 64 of a unit's.
 const MOST_STATE: usize = 128;
+
+/// Most channels of a cube of a walk for states with fragments.
+const MOST_CHANNELS: usize = 128;
 
 /// Bytes that aligning every array of shared memory may cost.
 const ALIGNMENT: usize = 16 * 20;
@@ -60,19 +68,79 @@ impl Plan {
         }
     }
 
-    /// Units of a cube of the walk with fragments: a plane for 16 channels.
-    pub(super) fn walk_units(&self) -> usize {
-        self.channels() / SIDE * LANES
+    /// The plan of a walk for states alone, with fragments: as many heads as a cube has planes for, which then
+    /// share what is read of B, and two planes to the state of a head's channels. (A walk that finds outputs too
+    /// is better off in small cubes, which do not wait for each other: `docs/performance.md`.)
+    pub(super) fn for_states(self, sizes: &Sizes, hardware: &HardwareProperties) -> Self {
+        let halves = self.state_padded().is_multiple_of(2 * SIDE);
+        let plan = Self {
+            state_parts: if halves { 2 } else { 1 },
+            ..self
+        };
+        let wider = (1..=sizes.heads_per_group())
+            .rev()
+            .filter(|heads| sizes.heads_per_group().is_multiple_of(*heads))
+            .map(|heads| Self { heads, ..plan })
+            .find(|plan| {
+                plan.channels() <= MOST_CHANNELS
+                    && plan.walk_units() <= hardware.max_units_per_cube as usize
+                    && plan.walk_bytes() <= hardware.max_shared_memory_size
+            });
+        match wider {
+            Some(wider) if wider.heads >= self.heads => wider,
+            _ => self,
+        }
     }
 
-    /// Units of a cube of the outputs with fragments: a plane for 16 tokens.
-    pub(super) fn output_units(&self) -> usize {
-        self.chunk / SIDE * LANES
+    /// Columns of the state that a plane of a walk has.
+    pub(super) fn state_columns(&self) -> usize {
+        self.state_padded() / self.state_parts
+    }
+
+    /// Planes of a walk: one for 16 channels and a part of the state.
+    fn walk_planes(&self) -> usize {
+        self.channels() / SIDE * self.state_parts
+    }
+
+    pub(super) fn walk_units(&self) -> usize {
+        self.walk_planes() * LANES
+    }
+
+    /// In how many parts planes share the heads, and the channels of a head, of 16 tokens: as many as keep the
+    /// planes of the walk busy.
+    pub(super) fn output_parts(&self) -> (usize, usize) {
+        let most = (self.walk_planes() / (self.chunk / SIDE)).max(1);
+        let parts = |count: usize| (1..=count.min(most)).filter(move |n| count.is_multiple_of(*n));
+        parts(self.heads)
+            .flat_map(|heads| {
+                parts(self.headdim_padded() / SIDE).map(move |channels| (heads, channels))
+            })
+            .filter(|(heads, channels)| heads * channels <= most)
+            .max_by_key(|(heads, channels)| (heads * channels, *heads))
+            .unwrap_or((1, 1))
+    }
+
+    /// Planes at work on a chunk's outputs.
+    pub(super) fn output_planes(&self) -> usize {
+        let (heads, channels) = self.output_parts();
+        self.chunk / SIDE * heads * channels
+    }
+
+    /// Units of a cube of the forward pass with fragments.
+    pub(super) fn forward_units(&self) -> usize {
+        self.walk_planes().max(self.output_planes()) * LANES
+    }
+
+    /// Bytes of shared memory of a walk for states with fragments, of 16-bit tiles.
+    fn walk_bytes(&self) -> usize {
+        2 * (self.tile_x().size() + self.tile_n().size())
+            + 4 * (self.chunk + 1) * self.heads
+            + ALIGNMENT
     }
 
     /// Units of a cube of the gradients with fragments: a plane for 16 later tokens and one for 16 earlier.
     pub(super) fn gradient_units(&self) -> usize {
-        2 * self.output_units()
+        2 * self.chunk / SIDE * LANES
     }
 
     pub(super) fn state_padded(&self) -> usize {
@@ -217,7 +285,8 @@ impl Plan {
     fn suits_fragments(&self, hardware: &HardwareProperties) -> bool {
         self.state_padded() <= MOST_STATE
             && self.vector_x.min(self.vector_n) >= 2
-            && self.walk_units().max(self.gradient_units()) <= hardware.max_units_per_cube as usize
+            && self.forward_units().max(self.gradient_units())
+                <= hardware.max_units_per_cube as usize
     }
 
     /// Bytes of shared memory of the pass for gradients, the hungriest.
@@ -299,6 +368,8 @@ pub(super) fn plan(
             skip,
             team,
             fragments: false,
+            state_parts: 1,
+            kept_as_tile: states_dtype(tile) == tile,
         };
         let plan = Plan {
             fragments: has_fragments(client, tile) && plan.suits_fragments(hardware),

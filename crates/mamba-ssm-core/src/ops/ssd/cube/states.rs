@@ -63,6 +63,16 @@ fn own_state(#[comptime] r: usize, #[comptime] plan: Plan) -> (usize, usize) {
     (place / vectors, place % vectors * comptime!(plan.vector_n))
 }
 
+/// The segment that is walked last.
+#[cube]
+pub(super) fn last_segment(call: &Call, #[comptime] mode: Direction) -> usize {
+    if comptime!(mode.backwards) {
+        0usize.runtime()
+    } else {
+        call.segments - 1
+    }
+}
+
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
     x: &[I],
@@ -72,6 +82,7 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
     start: &[f32],
     states: &mut [S],
     last: &mut [f32],
+    totals: &mut [f32],
     call: &Call,
     #[comptime] plan: Plan,
     #[comptime] mode: Direction,
@@ -184,14 +195,19 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
 
     let mut ends = comptime!(mode.ends).runtime();
     let mut entry = entry;
-    if comptime!(!mode.ends) {
+    if comptime!(mode.ends) {
+        let head = UNIT_POS as usize;
+        if head < comptime!(plan.heads) {
+            let mut total = 0.0f32;
+            for chunk in from..to {
+                let row = (batch * call.chunks + chunk + 1) * comptime!(plan.chunk) - 1;
+                total += sums[row * call.heads + first_head + head];
+            }
+            totals[(batch * call.segments + segment) * call.heads + first_head + head] = total;
+        }
+    } else {
         entry = batch * size;
-        let final_segment = if comptime!(mode.backwards) {
-            0usize.runtime()
-        } else {
-            call.segments - 1
-        };
-        ends = segment == final_segment;
+        ends = segment == last_segment(call, mode);
     }
     if ends {
         #[unroll]
@@ -272,11 +288,11 @@ fn load_weighted<I: Float, E: Float, V: Size>(
     }
 }
 
-/// Carries the states across segments: `ends[segment]` becomes the state at which the segment starts
+/// Carries the states across segments, with each segment's sum of decays in `totals`: `ends[segment]` becomes the state at which the segment starts
 /// (forwards) or ends (backwards).
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn pass<V: Size>(
-    sums: &[f32],
+    totals: &[f32],
     start: &[f32],
     ends: &mut [f32],
     size: usize,
@@ -301,13 +317,7 @@ pub(super) fn pass<V: Size>(
             if comptime!(mode.backwards) {
                 segment = call.segments - 1 - visit;
             }
-            let from = segment * call.per_segment;
-            let to = min(from + call.per_segment, call.chunks);
-            let mut total = 0.0f32;
-            for chunk in from..to {
-                let row = (batch * call.chunks + chunk + 1) * comptime!(plan.chunk) - 1;
-                total += sums[row * call.heads + head];
-            }
+            let total = totals[(batch * call.segments + segment) * call.heads + head];
             let place = (batch * call.segments + segment) * vectors + inside;
             let added = ends[place];
             ends[place] = state;

@@ -5,19 +5,21 @@
 //! backwards    g <- exp(s[Q]) g + sum_i exp(s[i]) dy[i] C[i]^T
 //! ```
 //!
-//! A cube owns a tile of channels of one batch entry, a plane 16 of them and all of their state, which
+//! A cube owns a tile of channels of one batch entry, a plane 16 of them and a part of their state, which
 //! stays where the products are summed: in registers. The next chunk is on its way from memory while this
 //! one is multiplied. Bytes: as in `states`.
 
 use cubecl::prelude::*;
 
 use super::plan::{Call, Plan};
-use super::states::{Direction, state_exists, state_place};
+use super::states::{Direction, last_segment, state_exists, state_place};
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
-    LANES, NARROW, Pair, left_transposed, multiply, own_column, own_row, right, zero_sums,
+    LANES, NARROW, Pair, four, four_column, left_transposed, multiply, own_column, own_row, right,
+    zero_sums,
 };
-use crate::ops::cube::tile::{fetch, put};
+use crate::ops::cube::place::Place;
+use crate::ops::cube::tile::{Tile, fetch, put};
 
 /// Tokens' weights that a unit computes per chunk.
 fn weight_shares(plan: Plan) -> usize {
@@ -26,15 +28,15 @@ fn weight_shares(plan: Plan) -> usize {
 
 /// What a cube owns.
 #[derive(CubeType)]
-struct Share {
-    first_head: usize,
-    batch: usize,
-    segment: usize,
-    group: usize,
+pub(super) struct Share {
+    pub(super) first_head: usize,
+    pub(super) batch: usize,
+    pub(super) segment: usize,
+    pub(super) group: usize,
 }
 
 #[cube]
-fn share(call: &Call, #[comptime] plan: Plan) -> Share {
+pub(super) fn share(call: &Call, #[comptime] plan: Plan) -> Share {
     let tiles = call.heads / comptime!(plan.heads);
     let first_head = CUBE_POS % tiles * comptime!(plan.heads);
     Share {
@@ -42,6 +44,24 @@ fn share(call: &Call, #[comptime] plan: Plan) -> Share {
         batch: CUBE_POS / tiles / call.segments,
         segment: CUBE_POS / tiles % call.segments,
         group: first_head / (call.heads / call.groups),
+    }
+}
+
+/// A plane's channels and part of the state.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Part {
+    /// The first of its rows in the tile, and of its columns.
+    pub(super) row: usize,
+    pub(super) column: usize,
+}
+
+#[cube]
+pub(super) fn part(#[comptime] plan: Plan) -> Part {
+    let plane = UNIT_POS as usize / LANES;
+    let blocks = comptime!(plan.channels() / SIDE);
+    Part {
+        row: plane % blocks * SIDE,
+        column: plane / blocks * comptime!(plan.state_columns()),
     }
 }
 
@@ -54,6 +74,7 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     start: &[f32],
     states: &mut [S],
     last: &mut [f32],
+    totals: &mut [f32],
     call: &Call,
     #[comptime] plan: Plan,
     #[comptime] mode: Direction,
@@ -64,8 +85,14 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
         terminate!();
     }
     let own = share(call, plan);
+    // Nothing starts where the last segment ends.
+    if comptime!(mode.ends) && own.segment == last_segment(call, mode) {
+        terminate!();
+    }
     let units = comptime!(plan.walk_units());
     let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
+    let x_column = own.first_head * comptime!(plan.headdim);
+    let b_column = own.group * comptime!(plan.state);
     let mut x_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_x.size()), 128usize);
     let mut b_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 128usize);
     let mut weights =
@@ -81,27 +108,74 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
 
     let size = call.heads * comptime!(plan.headdim * plan.state);
     let entry = (own.batch * call.segments + own.segment) * size;
-    let mut state = zero_sums(comptime!(plan.state_padded() / NARROW));
+    let mut state = zero_sums(comptime!(plan.state_columns() / NARROW));
     if comptime!(mode.start) {
         load_state(start, entry, own.first_head, &mut state, plan);
     }
     let from = own.segment * call.per_segment;
     let to = min(from + call.per_segment, call.chunks);
     let first = chunk_of(from, from, to, mode);
-    fetch_chunk::<E, VX>(x, first, &own, &mut next_x, call, plan, true);
-    fetch_chunk::<E, VN>(b, first, &own, &mut next_b, call, plan, false);
+    fetch_chunk::<E, VX>(
+        x,
+        &call.x,
+        x_column,
+        first,
+        &own,
+        &mut next_x,
+        call,
+        plan,
+        tile_x,
+        units,
+    );
+    fetch_chunk::<E, VN>(
+        b,
+        &call.b,
+        b_column,
+        first,
+        &own,
+        &mut next_b,
+        call,
+        plan,
+        tile_n,
+        units,
+    );
     fetch_weights(steps, sums, first, &own, &mut next_weights, call, plan);
+    let mut total = 0.0f32;
     for visit in from..to {
         let chunk = chunk_of(visit, from, to, mode);
         sync_cube();
         put::<E, VX>(&next_x, &mut x_tile, 0usize, tile_x, units);
         put::<E, VN>(&next_b, &mut b_tile, 0usize, tile_n, units);
         put_weights(&next_weights, &mut weights, &mut decays, plan, mode);
+        // The first units' first token is each head's first.
+        total += next_weights.end[0];
         sync_cube();
         if visit + 1 < to {
             let next = chunk_of(visit + 1, from, to, mode);
-            fetch_chunk::<E, VX>(x, next, &own, &mut next_x, call, plan, true);
-            fetch_chunk::<E, VN>(b, next, &own, &mut next_b, call, plan, false);
+            fetch_chunk::<E, VX>(
+                x,
+                &call.x,
+                x_column,
+                next,
+                &own,
+                &mut next_x,
+                call,
+                plan,
+                tile_x,
+                units,
+            );
+            fetch_chunk::<E, VN>(
+                b,
+                &call.b,
+                b_column,
+                next,
+                &own,
+                &mut next_b,
+                call,
+                plan,
+                tile_n,
+                units,
+            );
             fetch_weights(steps, sums, next, &own, &mut next_weights, call, plan);
         }
         if comptime!(mode.emit) {
@@ -112,14 +186,13 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     }
     if comptime!(mode.ends) {
         store_state::<f32>(&state, last, entry, own.first_head, plan);
-    } else {
-        let mut ends = own.segment + 1 == call.segments;
-        if comptime!(mode.backwards) {
-            ends = own.segment == 0;
+        let head = UNIT_POS as usize;
+        if head < comptime!(plan.heads) {
+            let segment = own.batch * call.segments + own.segment;
+            totals[segment * call.heads + own.first_head + head] = total;
         }
-        if ends {
-            store_state::<f32>(&state, last, own.batch * size, own.first_head, plan);
-        }
+    } else if own.segment == last_segment(call, mode) {
+        store_state::<f32>(&state, last, own.batch * size, own.first_head, plan);
     }
 }
 
@@ -133,49 +206,30 @@ fn chunk_of(visit: usize, from: usize, to: usize, #[comptime] mode: Direction) -
     chunk
 }
 
-/// A unit's share of a chunk of x, or of B.
+/// A unit's share of a chunk's rows, from `column` on.
 #[cube]
-fn fetch_chunk<E: Float, V: Size>(
+pub(super) fn fetch_chunk<E: Float, V: Size>(
     from: &[E],
+    place: &Place,
+    column: usize,
     chunk: usize,
     own: &Share,
     into: &mut Array<Vector<E, V>>,
     call: &Call,
     #[comptime] plan: Plan,
-    #[comptime] is_x: bool,
+    #[comptime] tile: Tile,
+    #[comptime] units: usize,
 ) {
     let token = chunk * comptime!(plan.chunk);
     let rows = min(call.length - token, comptime!(plan.chunk).runtime());
     let row = own.batch * call.length + token;
-    let units = comptime!(plan.walk_units());
-    if comptime!(is_x) {
-        let base = call.x.offset + row * call.x.row + own.first_head * comptime!(plan.headdim);
-        fetch::<E, V>(
-            from,
-            base,
-            call.x.row,
-            rows,
-            into,
-            comptime!(plan.tile_x()),
-            units,
-        );
-    } else {
-        let base = call.b.offset + row * call.b.row + own.group * comptime!(plan.state);
-        fetch::<E, V>(
-            from,
-            base,
-            call.b.row,
-            rows,
-            into,
-            comptime!(plan.tile_n()),
-            units,
-        );
-    }
+    let base = place.offset + row * place.row + column;
+    fetch::<E, V>(from, base, place.row, rows, into, tile, units);
 }
 
 /// Where the sums of a token of a chunk and the head of a unit's share lie.
 #[cube]
-fn weight_place(
+pub(super) fn weight_place(
     token: usize,
     head: usize,
     chunk: usize,
@@ -251,7 +305,7 @@ fn put_weights(
 
 /// `state <- decay state + (weights x)^T b`.
 #[cube]
-fn advance<E: Float>(
+pub(super) fn advance<E: Float>(
     x_tile: &Shared<[E]>,
     b_tile: &Shared<[E]>,
     weights: &Shared<[f32]>,
@@ -259,11 +313,12 @@ fn advance<E: Float>(
     state: &mut Array<Pair<f32>>,
     #[comptime] plan: Plan,
 ) {
-    let row = UNIT_POS as usize / LANES * SIDE;
+    let part = part(plan);
+    let row = part.row;
     let head = row / comptime!(plan.headdim_padded());
     let decay = Pair::<f32>::new(decays[head]);
     #[unroll]
-    for n in 0..comptime!(2 * plan.state_padded() / NARROW) {
+    for n in 0..comptime!(2 * plan.state_columns() / NARROW) {
         state[n] *= decay;
     }
     let weights = weights.as_vectorized().with_vector_size::<Const<2>>();
@@ -279,38 +334,49 @@ fn advance<E: Float>(
             weighted[n] = Pair::<E>::cast_from(Pair::<f32>::cast_from(values[n]) * weight);
         }
         #[unroll]
-        for n in 0..comptime!(plan.state_padded() / SIDE) {
-            let columns = right::<E>(
-                b_tile,
-                token,
-                comptime!(n * SIDE),
-                comptime!(plan.stride_n()),
-            );
+        for n in 0..comptime!(plan.state_columns() / SIDE) {
+            let column = part.column + comptime!(n * SIDE);
+            let columns = right::<E>(b_tile, token, column, comptime!(plan.stride_n()));
             multiply::<E>(&weighted, &columns, state, comptime!(2 * n));
         }
     }
 }
 
-/// Writes a unit's pairs of the state to `[.., heads, headdim, state]`.
+/// Writes a unit's part of the state to `[.., heads, headdim, state]`, four numbers at a time where they lie so.
 #[cube]
-fn store_state<S: Float>(
+pub(super) fn store_state<S: Float>(
     state: &Array<Pair<f32>>,
     to: &mut [S],
     entry: usize,
     first_head: usize,
     #[comptime] plan: Plan,
 ) {
-    let to = to.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
-    let first_row = UNIT_POS as usize / LANES * SIDE + own_row();
+    let part = part(plan);
+    let first_row = part.row + own_row();
     #[unroll]
-    for t in 0..comptime!(plan.state_padded() / NARROW) {
-        let n = comptime!(t * NARROW) + own_column();
+    for half in 0..2usize {
+        let row = first_row + comptime!(half * 8);
+        let place = entry + state_place(first_head, row, 0usize, plan);
         #[unroll]
-        for half in 0..2usize {
-            let row = first_row + comptime!(half * 8);
-            if state_exists(row, n, plan) {
-                let place = entry + state_place(first_head, row, n, plan);
-                to[place / 2] = Pair::<S>::cast_from(state[comptime!(2 * t + half)]);
+        for t in 0..comptime!(plan.state_columns() / SIDE) {
+            let first = state[comptime!(4 * t + half)];
+            let second = state[comptime!(4 * t + 2 + half)];
+            if comptime!(plan.vector_n >= 4) {
+                let values = four(first, second);
+                let n = part.column + comptime!(t * SIDE) + four_column();
+                if state_exists(row, n, plan) {
+                    let to = to.as_vectorized_mut().with_vector_size_mut::<Const<4>>();
+                    to[(place + n) / 4] = Vector::<S, Const<4>>::cast_from(values);
+                }
+            } else {
+                let to = to.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
+                let n = part.column + comptime!(t * SIDE) + own_column();
+                if state_exists(row, n, plan) {
+                    to[(place + n) / 2] = Pair::<S>::cast_from(first);
+                }
+                if state_exists(row, n + NARROW, plan) {
+                    to[(place + n + NARROW) / 2] = Pair::<S>::cast_from(second);
+                }
             }
         }
     }
@@ -318,7 +384,7 @@ fn store_state<S: Float>(
 
 /// Reads them.
 #[cube]
-fn load_state(
+pub(super) fn load_state(
     from: &[f32],
     entry: usize,
     first_head: usize,
@@ -326,10 +392,11 @@ fn load_state(
     #[comptime] plan: Plan,
 ) {
     let from = from.as_vectorized().with_vector_size::<Const<2>>();
-    let first_row = UNIT_POS as usize / LANES * SIDE + own_row();
+    let part = part(plan);
+    let first_row = part.row + own_row();
     #[unroll]
-    for t in 0..comptime!(plan.state_padded() / NARROW) {
-        let n = comptime!(t * NARROW) + own_column();
+    for t in 0..comptime!(plan.state_columns() / NARROW) {
+        let n = part.column + comptime!(t * NARROW) + own_column();
         #[unroll]
         for half in 0..2usize {
             let row = first_row + comptime!(half * 8);

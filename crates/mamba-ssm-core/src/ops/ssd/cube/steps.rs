@@ -12,12 +12,10 @@ use cubecl::prelude::*;
 
 use super::plan::{Call, Plan};
 use crate::ops::cube::SIDE;
+use crate::ops::cube::math::{sigmoid, softplus};
 
-/// `log(1 + e^x)`.
-#[cube]
-fn softplus(x: f32) -> f32 {
-    max(x, 0.0f32) + (-x.abs()).exp().log1p()
-}
+/// A number as a vector.
+type One = Vector<f32, Const<1>>;
 
 /// The largest exponent of a factor of a decay.
 const LARGEST: f32 = 80.0;
@@ -69,7 +67,7 @@ pub(super) fn steps<T: Float>(
             let place = call.dt.offset + (batch * call.length + token) * call.dt.row + head;
             value = f32::cast_from(dt[place]) + bias[head];
             if comptime!(plan.softplus) {
-                value = softplus(value);
+                value = softplus(One::new(value)).extract(0usize);
             }
             value = clamp(value, low, high);
         }
@@ -127,8 +125,8 @@ pub(super) fn steps_backward<T: Float>(
         let mut step = x;
         let mut slope = 1.0f32;
         if comptime!(plan.softplus) {
-            step = softplus(x);
-            slope = 1.0f32 / (1.0f32 + (-x).exp());
+            step = softplus(One::new(x)).extract(0usize);
+            slope = sigmoid(One::new(x)).extract(0usize);
         }
         if step < low || step > high {
             slope = 0.0f32;

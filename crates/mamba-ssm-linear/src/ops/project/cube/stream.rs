@@ -16,7 +16,8 @@ use cubecl::prelude::*;
 use super::common::Place;
 use super::matrix::ProductCall;
 use crate::cube::fragment::{
-    LANES, NARROW, Pair, SIDE, multiply, own_column, own_row, right, right_transposed, zero_sums,
+    LANES, NARROW, Pair, SIDE, four, four_column, multiply, own_row, right, right_transposed,
+    zero_sums,
 };
 
 /// Elements that a unit reads of a token at once.
@@ -229,11 +230,17 @@ fn read_tokens<E: Float>(
         #[unroll]
         for turn in 0..comptime!(plan.depth() / TURN) {
             let k = comptime!(turn * TURN) + UNIT_POS_PLANE as usize % 4 * READ;
-            let exists = k < comptime!(plan.inner);
-            let zero = Vector::<E, Const<8>>::new(E::from_int(0));
-            let above = from[select(exists, (upper * place.pitch + k) / READ, 0usize)];
-            let below = from[select(exists, (lower * place.pitch + k) / READ, 0usize)];
-            let (above, below) = (select(exists, above, zero), select(exists, below, zero));
+            let (above, below) = if comptime!((turn + 1) * TURN <= plan.inner) {
+                let above = from[(upper * place.pitch + k) / READ];
+                let below = from[(lower * place.pitch + k) / READ];
+                (above, below)
+            } else {
+                let exists = k < comptime!(plan.inner);
+                let zero = Vector::<E, Const<8>>::new(E::from_int(0));
+                let above = from[select(exists, (upper * place.pitch + k) / READ, 0usize)];
+                let below = from[select(exists, (lower * place.pitch + k) / READ, 0usize)];
+                (select(exists, above, zero), select(exists, below, zero))
+            };
             #[unroll]
             for half in 0..2usize {
                 let mut left = Array::<Pair<E>>::new(4usize);
@@ -257,8 +264,7 @@ fn read_tokens<E: Float>(
     lefts
 }
 
-/// Writes sixteen columns of a plane's tokens, with the bias. Two neighbours in a row swap pairs first, so
-/// that each writes four columns of one block, and a row's four units 32 bytes.
+/// Writes sixteen columns of a plane's tokens, with the bias.
 #[cube]
 fn write<E: Float>(
     sums: &Array<Pair<f32>>,
@@ -271,25 +277,15 @@ fn write<E: Float>(
 ) {
     let c = c.as_vectorized_mut().with_vector_size_mut::<Const<4>>();
     let shift = shift.as_vectorized().with_vector_size::<Const<4>>();
-    let odd = UNIT_POS_PLANE % 2 == 1;
-    // An even unit has the first block's columns, an odd one the second's.
-    let to = column + select(odd, own_column() + comptime!(NARROW - 2), own_column());
+    let to = column + four_column();
     let shift = shift[to / WRITE];
     #[unroll]
     for row in 0..comptime!(2 * plan.frags) {
-        let first = sums[comptime!(row / 2 * 4 + row % 2)];
-        let second = sums[comptime!(row / 2 * 4 + 2 + row % 2)];
-        let mut values = Vector::<f32, Const<4>>::new(0.0f32);
-        #[unroll]
-        for e in 0..2usize {
-            let (one, other) = (first.extract(e), second.extract(e));
-            let given = plane_shuffle_xor(select(odd, one, other), 1u32);
-            values.insert(e, select(odd, given, one));
-            values.insert(comptime!(e + 2), select(odd, other, given));
-        }
+        let first = comptime!(row / 2 * 4 + row % 2);
+        let values = four(sums[first], sums[comptime!(first + 2)]) + shift;
         let row = token + comptime!(row * 8) + own_row();
         if row < place.rows && to < comptime!(plan.columns) {
-            c[(row * place.pitch + to) / WRITE] = Vector::<E, Const<4>>::cast_from(values + shift);
+            c[(row * place.pitch + to) / WRITE] = Vector::<E, Const<4>>::cast_from(values);
         }
     }
 }

@@ -21,7 +21,6 @@ mod tiles;
 
 use cubecl::prelude::*;
 
-use super::outputs_matrix::state_shares;
 use super::plan::{Call, Plan};
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
@@ -33,7 +32,9 @@ use skip::store_dx;
 use state::{onto_state, through_state};
 use steps::{inner_of_states, store_steps};
 pub(super) use tiles::half_planes;
-use tiles::{Half, Next, Share, Tiles, fetch_next, new_tiles, put_next, share, step_shares};
+use tiles::{
+    Half, Next, Share, Tiles, fetch_next, new_tiles, put_next, share, state_shares, step_shares,
+};
 
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn gradients_matrix<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
@@ -180,26 +181,54 @@ fn run_half<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
 
     for tile in 0..call.tiles {
         let head = own.head + tile * comptime!(plan.heads);
+        let first_slot = tile % 2 * comptime!(plan.heads);
         sync_cube();
-        put_next::<E, S, VX, VN>(&next, tiles, plan);
+        put_next::<E, S, VX, VN>(&next, tiles, first_slot, plan);
         sync_cube();
-        inner_of_states::<E, VN>(tiles, plan);
+        inner_of_states::<E, VN>(tiles, first_slot, plan);
         for inner in 0..heads {
-            let mut u = through_state::<E>(tiles, own, inner, plan, half);
-            through_pairs::<E>(&scores, &mut dscores, tiles, &mut u, own, inner, plan, half);
-            if comptime!(half == Half::Earlier) {
-                store_dx::<E>(&u, &*tiles, d, dx, dd, own, head, inner, call, plan);
-            }
-            onto_state::<E>(&*tiles, &mut gradient, own, inner, plan, half);
-        }
-        if tile + 1 < call.tiles {
-            let head = head + comptime!(plan.heads);
-            fetch_next::<E, S, VX, VN>(
-                x, dy, steps, sums, states, dstates, head, own, &mut next, call, plan,
+            let slot = first_slot + inner;
+            let mut u = through_state::<E>(tiles, own, inner, slot, plan, half);
+            through_pairs::<E>(
+                &scores,
+                &mut dscores,
+                tiles,
+                &mut u,
+                own,
+                inner,
+                slot,
+                plan,
+                half,
             );
+            if comptime!(half == Half::Earlier) {
+                store_dx::<E>(&u, &*tiles, d, dx, dd, own, head, inner, slot, call, plan);
+            }
+            // Where registers are free, and there is work left to wait behind.
+            if inner + 1 == heads && tile + 1 < call.tiles {
+                let head = head + comptime!(plan.heads);
+                fetch_next::<E, S, VX, VN>(
+                    x, dy, steps, sums, states, dstates, head, own, &mut next, call, plan,
+                );
+            }
+            onto_state::<E>(&*tiles, &mut gradient, own, inner, slot, plan, half);
         }
-        sync_cube();
-        store_steps::<E>(&*tiles, a, head, own, dsteps, decays, call, plan);
+        if comptime!(half == Half::Later) {
+            // Of the tile before: this one's terms are not all there yet.
+            if tile > 0 {
+                let (head, slot) = (
+                    head - comptime!(plan.heads),
+                    comptime!(plan.heads) - first_slot,
+                );
+                store_steps::<E>(&*tiles, a, head, slot, own, dsteps, decays, call, plan);
+            }
+        }
+    }
+    sync_cube();
+    if comptime!(half == Half::Later) {
+        let tile = call.tiles - 1;
+        let head = own.head + tile * comptime!(plan.heads);
+        let slot = tile % 2 * comptime!(plan.heads);
+        store_steps::<E>(&*tiles, a, head, slot, own, dsteps, decays, call, plan);
     }
     through_scores::<E>(&dscores, &*tiles, &mut gradient, own, plan, half);
     store_rows::<O>(&gradient, out, first, row_length, own, plan);

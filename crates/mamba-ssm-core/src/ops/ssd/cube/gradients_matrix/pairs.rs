@@ -4,7 +4,7 @@
 use cubecl::prelude::*;
 
 use super::has_pairs;
-use super::tiles::{Half, Share, Tiles, half_planes, sum_of_quad, term_place};
+use super::tiles::{Half, Share, Tiles, half_planes, slots, sum_of_quad, term_place};
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
     NARROW, Pair, left, multiply, own_column, own_pair, own_row, right, right_transposed, zero_sums,
@@ -32,6 +32,7 @@ pub(super) fn through_pairs<E: Float>(
     u: &mut Array<Pair<f32>>,
     own: &Share,
     head: usize,
+    slot: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) {
@@ -53,11 +54,11 @@ pub(super) fn through_pairs<E: Float>(
             let products = products::<E>(&*tiles, own, head, block, plan, half);
             if comptime!(block * SIDE) == own.token {
                 own_block::<E>(
-                    scores, dscores, &products, &*tiles, &mut terms, own, head, block, plan, half,
+                    scores, dscores, &products, &*tiles, &mut terms, own, slot, block, plan, half,
                 );
             } else if comptime!(half.has_others(block, half_planes(plan))) {
                 other_block::<E>(
-                    scores, dscores, &products, &*tiles, &mut terms, own, head, block, plan, half,
+                    scores, dscores, &products, &*tiles, &mut terms, own, slot, block, plan, half,
                 );
             }
             if comptime!(half == Half::Earlier) {
@@ -76,10 +77,10 @@ pub(super) fn through_pairs<E: Float>(
         let total = sum_of_quad(terms.sums[n]);
         let diagonal = sum_of_quad(terms.diagonal[n]);
         if own_column() == 0 {
-            tiles.pairs[term_place(own, head, n, plan, half)] = total;
+            tiles.pairs[term_place(own, slot, n, plan, half)] = total;
             if comptime!(half == Half::Earlier) {
                 let token = own.token + own_row() + comptime!(n * 8);
-                tiles.diagonal[head * comptime!(plan.chunk) + token] = diagonal;
+                tiles.diagonal[slot * comptime!(plan.chunk) + token] = diagonal;
             }
         }
     }
@@ -121,20 +122,21 @@ fn other_block<E: Float>(
     tiles: &Tiles<E>,
     terms: &mut Terms<E>,
     own: &Share,
-    head: usize,
+    slot: usize,
     #[comptime] block: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) {
     let earlier = comptime!(half == Half::Earlier);
-    let base = head * comptime!(plan.chunk);
+    let base = slot * comptime!(plan.chunk);
     let factors = tiles.factors.as_vectorized().with_vector_size::<Const<2>>();
     // In pairs.
-    let others = head * comptime!(plan.chunk / 2)
+    let others = slot * comptime!(plan.chunk / 2)
         + own_pair()
-        + comptime!((half.own() * plan.chunk * plan.heads + block * SIDE) / 2);
+        + comptime!((half.own() * slots(plan) + block * SIDE) / 2);
     // The token before the block's first, where the block lies behind the own, or its last.
-    let edge = tiles.sum[base + comptime!(block * SIDE + if earlier { 0 } else { SIDE } - 1)];
+    let edge = comptime!((block + usize::from(!earlier)) * SIDE - 1);
+    let edge = tiles.sum[base + edge];
     let token = base + own.token + own_row();
     #[unroll]
     for row in 0..2usize {
@@ -173,7 +175,7 @@ fn own_block<E: Float>(
     tiles: &Tiles<E>,
     terms: &mut Terms<E>,
     own: &Share,
-    head: usize,
+    slot: usize,
     #[comptime] block: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
@@ -182,8 +184,8 @@ fn own_block<E: Float>(
     let sums = tiles.sum.as_vectorized().with_vector_size::<Const<2>>();
     let steps = tiles.step.as_vectorized().with_vector_size::<Const<2>>();
     // In pairs.
-    let others = head * comptime!(plan.chunk / 2) + own_pair() + comptime!(block * SIDE / 2);
-    let token = head * comptime!(plan.chunk) + own.token + own_row();
+    let others = slot * comptime!(plan.chunk / 2) + own_pair() + comptime!(block * SIDE / 2);
+    let token = slot * comptime!(plan.chunk) + own.token + own_row();
     #[unroll]
     for n in 0..4usize {
         // Left, below, right, below right: two of them hold pairs of both kinds, one of the others none.

@@ -20,6 +20,7 @@ pub(super) fn store_dx<E: Float>(
     own: &Share,
     first_head: usize,
     head: usize,
+    slot: usize,
     call: &Call,
     #[comptime] plan: Plan,
 ) {
@@ -28,7 +29,7 @@ pub(super) fn store_dx<E: Float>(
     let dx = dx.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
     let channel = (first_head + head) * comptime!(plan.headdim) + own_column();
     let token = own.token + own_row();
-    let at = head * comptime!(plan.chunk) + token;
+    let at = slot * comptime!(plan.chunk) + token;
     let steps = (tiles.step[at], tiles.step[at + ROWS]);
     let mut values = Array::<Pair<f32>>::new(comptime!(2 * count));
     #[unroll]

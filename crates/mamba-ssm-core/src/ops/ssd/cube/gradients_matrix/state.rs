@@ -14,11 +14,11 @@ use crate::ops::ssd::cube::plan::Plan;
 fn own_decays<E: Float>(
     tiles: &Tiles<E>,
     own: &Share,
-    head: usize,
+    slot: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) -> Array<f32> {
-    let base = head * comptime!(plan.chunk);
+    let base = slot * comptime!(plan.chunk);
     let token = base + own.token + own_row();
     let mut decays = Array::<f32>::new(2usize);
     #[unroll]
@@ -38,6 +38,7 @@ pub(super) fn through_state<E: Float>(
     tiles: &mut Tiles<E>,
     own: &Share,
     head: usize,
+    slot: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) -> Array<Pair<f32>> {
@@ -56,7 +57,7 @@ pub(super) fn through_state<E: Float>(
             multiply::<E>(&rows, &columns, &mut out, comptime!(2 * block));
         }
     }
-    let decays = own_decays::<E>(&*tiles, own, head, plan, half);
+    let decays = own_decays::<E>(&*tiles, own, slot, plan, half);
     let tokens = tiles.tokens.as_vectorized().with_vector_size::<Const<2>>();
     // In pairs.
     let row = comptime!(plan.stride_x() / 2);
@@ -73,7 +74,7 @@ pub(super) fn through_state<E: Float>(
         }
         let total = sum_of_quad(inner.extract(0usize) + inner.extract(1usize));
         if own_column() == 0 {
-            tiles.through[term_place(own, head, n, plan, half)] = total;
+            tiles.through[term_place(own, slot, n, plan, half)] = total;
         }
     }
     out
@@ -86,14 +87,15 @@ pub(super) fn onto_state<E: Float>(
     gradient: &mut Array<Pair<f32>>,
     own: &Share,
     head: usize,
+    slot: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) {
     let padded = comptime!(plan.headdim_padded());
     let first = comptime!(half.own() * plan.chunk) + own.token;
-    let mut weights = own_decays::<E>(tiles, own, head, plan, half);
+    let mut weights = own_decays::<E>(tiles, own, slot, plan, half);
     if comptime!(half == Half::Earlier) {
-        let token = head * comptime!(plan.chunk) + own.token + own_row();
+        let token = slot * comptime!(plan.chunk) + own.token + own_row();
         #[unroll]
         for n in 0..2usize {
             weights[n] = weights[n] * tiles.step[token + comptime!(n * 8)];

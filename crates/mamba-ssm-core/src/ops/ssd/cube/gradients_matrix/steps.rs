@@ -2,13 +2,17 @@
 
 use cubecl::prelude::*;
 
-use super::tiles::{Share, Tiles, kept_parts, tokens_per_lane};
+use super::tiles::{Share, Tiles, half_planes, kept_parts, slots, tokens_per_lane};
 use crate::ops::cube::fragment::LANES;
 use crate::ops::ssd::cube::plan::{Call, Plan};
 
 /// `<h, g>` of every head, in parts.
 #[cube]
-pub(super) fn inner_of_states<E: Float, V: Size>(tiles: &mut Tiles<E>, #[comptime] plan: Plan) {
+pub(super) fn inner_of_states<E: Float, V: Size>(
+    tiles: &mut Tiles<E>,
+    first_slot: usize,
+    #[comptime] plan: Plan,
+) {
     let count = comptime!(kept_parts(plan));
     let vectors = comptime!(plan.state_padded() / plan.vector_n);
     let behind = comptime!(plan.channels() * plan.stride_n() / plan.vector_n);
@@ -32,18 +36,19 @@ pub(super) fn inner_of_states<E: Float, V: Size>(tiles: &mut Tiles<E>, #[comptim
         for lane in 0..comptime!(plan.vector_n) {
             total += sum.extract(lane);
         }
-        tiles.kept[n] = total;
+        tiles.kept[first_slot * count + n] = total;
         n += comptime!(plan.gradient_units());
     }
 }
 
-/// The gradients of the steps, and the terms of the gradient of `A`: a plane runs over a head's tokens, a lane
-/// over a few neighbouring ones.
+/// The gradients of the steps, and the terms of the gradient of `A`: a plane of the later half runs over a head's
+/// tokens, a lane over a few neighbouring ones.
 #[cube]
 pub(super) fn store_steps<E: Float>(
     tiles: &Tiles<E>,
     a: &[f32],
     first_head: usize,
+    first_slot: usize,
     own: &Share,
     dsteps: &mut [f32],
     decays: &mut [f32],
@@ -54,8 +59,8 @@ pub(super) fn store_steps<E: Float>(
     let each = comptime!(tokens_per_lane(plan));
     let mut head = UNIT_POS as usize / LANES;
     while head < comptime!(plan.heads) {
-        let base = head * comptime!(plan.chunk);
-        let behind = comptime!(plan.chunk * plan.heads) + base;
+        let base = (first_slot + head) * comptime!(plan.chunk);
+        let behind = comptime!(slots(plan)) + base;
         // What a token's decay carries on to the tokens behind it, and takes from those before it.
         let mut later = Array::<f32>::new(each);
         let mut earlier = Array::<f32>::new(each);
@@ -74,7 +79,7 @@ pub(super) fn store_steps<E: Float>(
             all_later += later[n];
             all_earlier += earlier[n];
         }
-        let kept = plane_sum(lane_part_of_kept::<E>(tiles, head, plan));
+        let kept = plane_sum(lane_part_of_kept::<E>(tiles, first_slot + head, plan));
         let end = tiles.sum[base + comptime!(plan.chunk - 1)];
         let mut through = kept * end.exp();
         through += sum_behind(all_later, lane);
@@ -101,18 +106,18 @@ pub(super) fn store_steps<E: Float>(
                 decays[place] = value * tiles.step[base + token];
             }
         }
-        head += comptime!(plan.gradient_units() / LANES);
+        head += comptime!(half_planes(plan));
     }
 }
 
 /// A lane's parts of `<h, g>`.
 #[cube]
-fn lane_part_of_kept<E: Float>(tiles: &Tiles<E>, head: usize, #[comptime] plan: Plan) -> f32 {
+fn lane_part_of_kept<E: Float>(tiles: &Tiles<E>, slot: usize, #[comptime] plan: Plan) -> f32 {
     let count = comptime!(kept_parts(plan));
     let mut sum = 0.0f32;
     let mut part = UNIT_POS_PLANE as usize;
     while part < count {
-        sum += tiles.kept[head * count + part];
+        sum += tiles.kept[slot * count + part];
         part += LANES;
     }
     sum

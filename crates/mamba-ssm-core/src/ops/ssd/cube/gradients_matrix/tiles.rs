@@ -5,7 +5,6 @@ use cubecl::prelude::*;
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{LANES, own_row};
 use crate::ops::cube::tile::{fetch, put};
-use crate::ops::ssd::cube::outputs_matrix::{fetch_states, put_states};
 use crate::ops::ssd::cube::plan::{Call, Plan};
 use crate::ops::ssd::cube::steps::{bounded, last_of_block};
 
@@ -55,17 +54,23 @@ impl Half {
     }
 }
 
-/// Where the terms of a unit's first or second token lie in `[2, heads, chunk]`.
+/// Numbers of a half's tokens: of every head of two tiles, so that the steps of one tile can be found while the
+/// next is at work.
+pub(super) fn slots(plan: Plan) -> usize {
+    2 * plan.heads * plan.chunk
+}
+
+/// Where the terms of a unit's first or second token lie in `[2, slots, chunk]`.
 #[cube]
 pub(super) fn term_place(
     own: &Share,
-    head: usize,
+    slot: usize,
     #[comptime] second: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) -> usize {
-    let before = comptime!(half.own() * plan.chunk * plan.heads + second * 8);
-    head * comptime!(plan.chunk) + own.token + own_row() + before
+    let before = comptime!(half.own() * slots(plan) + second * 8);
+    slot * comptime!(plan.chunk) + own.token + own_row() + before
 }
 
 /// The sum over the four units that share a row.
@@ -119,26 +124,26 @@ pub(super) struct Tiles<E: Float> {
     pub(super) onto: Shared<[E]>,
     /// h, then g: `[2 channels, state]`.
     pub(super) states: Shared<[E]>,
-    /// `[heads, chunk]` each.
+    /// Here and below there is a slot for every head of two tiles: `[slots, chunk]` each.
     pub(super) step: Shared<[f32]>,
     pub(super) sum: Shared<[f32]>,
-    /// `[2, heads, chunk]`: from a token to the last of its block of 16, times its step; and from the token
+    /// `[2, slots, chunk]`: from a token to the last of its block of 16, times its step; and from the token
     /// before its block to it.
     pub(super) factors: Shared<[f32]>,
-    /// `[2, heads, chunk]`: of a later token, the pairs with those strictly before it, each by the earlier
+    /// `[2, slots, chunk]`: of a later token, the pairs with those strictly before it, each by the earlier
     /// one's step; of an earlier token, those with the ones strictly behind it.
     pub(super) pairs: Shared<[f32]>,
-    /// `[2, heads, chunk]`: `exp(s) dy.(h C)` and `exp(s[Q] - s) x.(g B)`.
+    /// `[2, slots, chunk]`: `exp(s) dy.(h C)` and `exp(s[Q] - s) x.(g B)`.
     pub(super) through: Shared<[f32]>,
-    /// `[heads, chunk]`: the pair of a token with itself.
+    /// `[slots, chunk]`: the pair of a token with itself.
     pub(super) diagonal: Shared<[f32]>,
-    /// `<h, g>`, in parts: `[heads, parts]`.
+    /// `<h, g>`, in parts: `[slots, parts]`.
     pub(super) kept: Shared<[f32]>,
 }
 
 #[cube]
 pub(super) fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
-    let size = comptime!(plan.chunk * plan.heads);
+    let size = comptime!(slots(plan));
     Tiles::<E> {
         tokens: Shared::new_aligned_slice(comptime!(2 * plan.tile_x().size()), 128usize),
         onto: Shared::new_aligned_slice(comptime!(2 * plan.tile_n().size()), 128usize),
@@ -148,11 +153,11 @@ pub(super) fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
         ),
         step: Shared::new_aligned_slice(size, 16usize),
         sum: Shared::new_aligned_slice(size, 16usize),
-        factors: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
-        pairs: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
-        through: Shared::new_aligned_slice(comptime!(2 * plan.chunk * plan.heads), 16usize),
+        factors: Shared::new_aligned_slice(comptime!(2 * slots(plan)), 16usize),
+        pairs: Shared::new_aligned_slice(comptime!(2 * slots(plan)), 16usize),
+        through: Shared::new_aligned_slice(comptime!(2 * slots(plan)), 16usize),
         diagonal: Shared::new_aligned_slice(size, 16usize),
-        kept: Shared::new_aligned_slice(comptime!(plan.heads * kept_parts(plan)), 16usize),
+        kept: Shared::new_aligned_slice(comptime!(2 * plan.heads * kept_parts(plan)), 16usize),
     }
 }
 
@@ -168,6 +173,77 @@ pub(super) struct Next<E: Float, S: Float, VX: Size, VN: Size> {
     pub(super) sum: Array<f32>,
     pub(super) before: Array<f32>,
     pub(super) behind: Array<f32>,
+}
+
+/// Vectors of a tile's states that each of so many units carries.
+pub(super) fn state_shares(plan: Plan, units: usize) -> usize {
+    (plan.channels() * plan.state_padded() / plan.vector_n).div_ceil(units)
+}
+
+/// Whether each carries as many.
+fn shares_even(plan: Plan, units: usize) -> bool {
+    (plan.channels() * plan.state_padded() / plan.vector_n).is_multiple_of(units)
+}
+
+/// A unit's share of the states at a chunk of the tile that starts at a head.
+#[cube]
+fn fetch_states<S: Float, V: Size>(
+    states: &[S],
+    batch: usize,
+    chunk: usize,
+    head: usize,
+    into: &mut Array<Vector<S, V>>,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] units: usize,
+) {
+    let entry =
+        ((batch * call.chunks + chunk) * call.heads + head) * comptime!(plan.headdim * plan.state);
+    let from = states.as_vectorized().with_vector_size::<V>();
+    let vectors = comptime!(plan.state_padded() / plan.vector_n);
+    #[unroll]
+    for share in 0..comptime!(state_shares(plan, units)) {
+        let place = UNIT_POS as usize + comptime!(share * units);
+        let (row, n) = (place / vectors, place % vectors * comptime!(plan.vector_n));
+        if comptime!(plan.headdim == plan.headdim_padded() && plan.state == plan.state_padded())
+            && comptime!(shares_even(plan, units))
+        {
+            into[share] = from[entry / comptime!(plan.vector_n) + place];
+        } else {
+            let inner = row / comptime!(plan.headdim_padded());
+            let p = row % comptime!(plan.headdim_padded());
+            let exists = row < comptime!(plan.channels())
+                && p < comptime!(plan.headdim)
+                && n < comptime!(plan.state);
+            let at = entry + (inner * comptime!(plan.headdim) + p) * comptime!(plan.state) + n;
+            let value = from[select(exists, at / comptime!(plan.vector_n), 0usize)];
+            into[share] = select(exists, value, Vector::new(S::from_int(0)));
+        }
+    }
+}
+
+/// Writes them into shared memory, `[channels, state]`, from element `start` on.
+#[cube]
+fn put_states<S: Float, E: Float, V: Size>(
+    values: &Array<Vector<S, V>>,
+    into: &mut Shared<[E]>,
+    start: usize,
+    #[comptime] plan: Plan,
+    #[comptime] units: usize,
+) {
+    let into = into.as_vectorized_mut().with_vector_size_mut::<V>();
+    let vectors = comptime!(plan.state_padded() / plan.vector_n);
+    #[unroll]
+    for share in 0..comptime!(state_shares(plan, units)) {
+        let place = UNIT_POS as usize + comptime!(share * units);
+        let (row, column) = (place / vectors, place % vectors);
+        if row < comptime!(plan.channels()) {
+            let at = start / comptime!(plan.vector_n)
+                + row * comptime!(plan.stride_n() / plan.vector_n)
+                + column;
+            into[at] = Vector::<E, V>::cast_from(values[share]);
+        }
+    }
 }
 
 /// Reads a unit's share of a tile's operands into registers.
@@ -236,6 +312,7 @@ pub(super) fn fetch_next<E: Float, S: Float, VX: Size, VN: Size>(
 pub(super) fn put_next<E: Float, S: Float, VX: Size, VN: Size>(
     next: &Next<E, S, VX, VN>,
     tiles: &mut Tiles<E>,
+    first_slot: usize,
     #[comptime] plan: Plan,
 ) {
     let units = comptime!(plan.gradient_units());
@@ -251,13 +328,12 @@ pub(super) fn put_next<E: Float, S: Float, VX: Size, VN: Size>(
         let n = UNIT_POS as usize + comptime!(share * plan.gradient_units());
         let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
         if token < comptime!(plan.chunk) {
-            let at = head * comptime!(plan.chunk) + token;
+            let at = (first_slot + head) * comptime!(plan.chunk) + token;
             let (step, sum) = (next.step[share], next.sum[share]);
             tiles.step[at] = step;
             tiles.sum[at] = sum;
             tiles.factors[at] = bounded(next.behind[share] - sum) * step;
-            tiles.factors[comptime!(plan.chunk * plan.heads) + at] =
-                bounded(sum - next.before[share]);
+            tiles.factors[comptime!(slots(plan)) + at] = bounded(sum - next.before[share]);
         }
     }
 }

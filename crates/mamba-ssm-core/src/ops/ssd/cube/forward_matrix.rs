@@ -1,0 +1,336 @@
+//! States and outputs in one walk, on matrix units with fragments.
+//!
+//! ```text
+//! y[i] = sum_{j <= i} (C[i].B[j]) exp(s[i] - s[j]) dt[j] x[j]  +  exp(s[i]) h C[i]  +  D x[i]
+//! h <- exp(s[Q]) h + sum_j exp(s[Q] - s[j]) dt[j] x[j] B[j]^T
+//! ```
+//!
+//! A cube owns a tile of channels of one batch entry and walks the chunks of a segment in order. Its planes have
+//! two tasks in turn: 16 tokens each, of some heads or channels, of a chunk's outputs (`outputs_matrix`), then 16
+//! channels each, of a part of the state, of that (`states_matrix`), which stays in registers; the outputs read it, rounded, from shared memory. The next
+//! chunk is on its way from memory while the state is brought up to date. With more than one segment the ends
+//! of segments have been found by a walk before this one.
+//!
+//! Bytes: `x`, `B` and `C` read once (`B` and `C` once for each tile of channels, mostly from the cache), `y`
+//! written, and one state per chunk where the backward pass will want them.
+
+use cubecl::prelude::*;
+
+use super::outputs_matrix::{Decays, Tiles, outputs};
+use super::plan::{Call, Plan};
+use super::states::{Direction, last_segment, state_exists, state_place};
+use super::states_matrix::{
+    Share, advance, fetch_chunk, load_state, part, share, store_state, weight_place,
+};
+use super::steps::{bounded, last_of_block};
+use crate::ops::cube::fragment::{LANES, NARROW, Pair, own_pair, own_row, zero_sums};
+use crate::ops::cube::tile::put;
+
+/// Tokens' steps that a unit carries per chunk.
+fn step_shares(plan: Plan) -> usize {
+    (plan.chunk * plan.heads).div_ceil(plan.forward_units())
+}
+
+/// Vectors of a tile's state that a unit writes.
+fn state_shares(plan: Plan) -> usize {
+    (plan.channels() * plan.state_padded() / plan.vector_n).div_ceil(plan.forward_units())
+}
+
+/// What of the next chunk is on its way, as it lies in memory.
+#[derive(CubeType)]
+struct Next<E: Float, VX: Size, VN: Size> {
+    x: Array<Vector<E, VX>>,
+    b: Array<Vector<E, VN>>,
+    c: Array<Vector<E, VN>>,
+    step: Array<f32>,
+    /// Sums of the decays, to the token, to the last of its block of 16, and to the last of the chunk.
+    sum: Array<f32>,
+    end: Array<f32>,
+    whole: Array<f32>,
+}
+
+#[cube(launch, address_type = "dynamic")]
+pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
+    x: &[E],
+    b: &[E],
+    c: &[E],
+    d: &[f32],
+    steps: &[f32],
+    sums: &[f32],
+    start: &[f32],
+    y: &mut [E],
+    states: &mut [S],
+    last: &mut [f32],
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] mode: Direction,
+    #[define(E, S)] _types: [ElemType; 2],
+    #[define(VX, VN)] _sizes: [usize; 2],
+) {
+    if CUBE_POS >= call.cubes {
+        terminate!();
+    }
+    let own = share(call, plan);
+    let units = comptime!(plan.forward_units());
+    let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
+    let mut tiles = new_tiles::<E>(plan);
+    put_skip(d, &own, &mut tiles.d, plan);
+    let mut next = Next::<E, VX, VN> {
+        x: Array::new(comptime!(tile_x.shares(units))),
+        b: Array::new(comptime!(tile_n.shares(units))),
+        c: Array::new(comptime!(tile_n.shares(units))),
+        step: Array::new(comptime!(step_shares(plan))),
+        sum: Array::new(comptime!(step_shares(plan))),
+        end: Array::new(comptime!(step_shares(plan))),
+        whole: Array::new(comptime!(step_shares(plan))),
+    };
+    let size = call.heads * comptime!(plan.headdim * plan.state);
+    let mut state = zero_sums(comptime!(plan.state_columns() / NARROW));
+    if comptime!(mode.start) {
+        let entry = (own.batch * call.segments + own.segment) * size;
+        if has_channels(plan) {
+            load_state(start, entry, own.first_head, &mut state, plan);
+        }
+    }
+    let from = own.segment * call.per_segment;
+    let to = min(from + call.per_segment, call.chunks);
+    fetch_next::<E, VX, VN>(x, b, c, steps, sums, from, &own, &mut next, call, plan);
+    for chunk in from..to {
+        sync_cube();
+        put_next::<E, VX, VN>(&next, &mut tiles, plan);
+        if has_channels(plan) {
+            put_state::<E>(&state, &mut tiles.h, plan);
+        }
+        sync_cube();
+        if comptime!(mode.emit) {
+            let entry = (own.batch * call.chunks + chunk) * size;
+            emit::<E, S, VN>(&tiles.h, &state, states, entry, own.first_head, plan);
+        }
+        if has_tokens(plan) {
+            let token = chunk * comptime!(plan.chunk);
+            let rows = min(call.length - token, comptime!(plan.chunk).runtime());
+            let row = call.out.offset + (own.batch * call.length + token) * call.out.row;
+            let to = row + own.first_head * comptime!(plan.headdim);
+            outputs::<E>(&tiles, y, to, rows, call, plan);
+        }
+        if chunk + 1 < to {
+            fetch_next::<E, VX, VN>(x, b, c, steps, sums, chunk + 1, &own, &mut next, call, plan);
+        }
+        if has_channels(plan) {
+            let decays = &tiles.decays;
+            advance::<E>(
+                &tiles.x,
+                &tiles.b,
+                &decays.weight,
+                &decays.whole,
+                &mut state,
+                plan,
+            );
+        }
+    }
+    if own.segment == last_segment(call, mode) && has_channels(plan) {
+        store_state::<f32>(&state, last, own.batch * size, own.first_head, plan);
+    }
+}
+
+#[cube]
+fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
+    let steps = comptime!(plan.chunk * plan.heads);
+    let (size_x, size_n) = comptime!((plan.tile_x().size(), plan.tile_n().size()));
+    let size_h = comptime!(plan.channels() * plan.stride_n());
+    Tiles::<E> {
+        x: Shared::new_aligned_slice(size_x, 128usize),
+        b: Shared::new_aligned_slice(size_n, 128usize),
+        c: Shared::new_aligned_slice(size_n, 128usize),
+        h: Shared::new_aligned_slice(size_h, 128usize),
+        d: Shared::new_aligned_slice(comptime!(plan.channels()), 16usize),
+        decays: Decays {
+            step: Shared::new_aligned_slice(steps, 16usize),
+            sum: Shared::new_aligned_slice(steps, 16usize),
+            factor: Shared::new_aligned_slice(steps, 16usize),
+            weight: Shared::new_aligned_slice(steps, 16usize),
+            whole: Shared::new_aligned_slice(comptime!(plan.heads), 16usize),
+        },
+    }
+}
+
+/// Whether the plane owns tokens: there may be more planes than those.
+#[cube]
+fn has_tokens(#[comptime] plan: Plan) -> bool {
+    let units = comptime!(plan.output_planes() * LANES);
+    units >= comptime!(plan.forward_units()) || (UNIT_POS as usize) < units
+}
+
+/// Whether the plane owns channels.
+#[cube]
+fn has_channels(#[comptime] plan: Plan) -> bool {
+    let units = comptime!(plan.walk_units());
+    units >= comptime!(plan.forward_units()) || (UNIT_POS as usize) < units
+}
+
+/// Brings D into shared memory; zero at padding.
+#[cube]
+fn put_skip(d: &[f32], own: &Share, into: &mut Shared<[f32]>, #[comptime] plan: Plan) {
+    if comptime!(plan.skip) {
+        let mut n = UNIT_POS as usize;
+        while n < comptime!(plan.channels()) {
+            let head = own.first_head + n / comptime!(plan.headdim_padded());
+            let inside = n % comptime!(plan.headdim_padded());
+            let mut value = 0.0f32;
+            if inside < comptime!(plan.headdim) {
+                value = d[head * comptime!(plan.headdim) + inside];
+            }
+            into[n] = value;
+            n += comptime!(plan.forward_units());
+        }
+    }
+}
+
+/// Reads a unit's share of a chunk into registers.
+#[cube]
+fn fetch_next<E: Float, VX: Size, VN: Size>(
+    x: &[E],
+    b: &[E],
+    c: &[E],
+    steps: &[f32],
+    sums: &[f32],
+    chunk: usize,
+    own: &Share,
+    next: &mut Next<E, VX, VN>,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let units = comptime!(plan.forward_units());
+    let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
+    let column = own.first_head * comptime!(plan.headdim);
+    fetch_chunk::<E, VX>(
+        x,
+        &call.x,
+        column,
+        chunk,
+        own,
+        &mut next.x,
+        call,
+        plan,
+        tile_x,
+        units,
+    );
+    let column = own.group * comptime!(plan.state);
+    fetch_chunk::<E, VN>(
+        b,
+        &call.b,
+        column,
+        chunk,
+        own,
+        &mut next.b,
+        call,
+        plan,
+        tile_n,
+        units,
+    );
+    fetch_chunk::<E, VN>(
+        c,
+        &call.c,
+        column,
+        chunk,
+        own,
+        &mut next.c,
+        call,
+        plan,
+        tile_n,
+        units,
+    );
+    #[unroll]
+    for share in 0..comptime!(step_shares(plan)) {
+        let n = UNIT_POS as usize + comptime!(share * plan.forward_units());
+        let head = n % comptime!(plan.heads);
+        let final_token = comptime!(plan.chunk - 1).runtime();
+        let token = min(n / comptime!(plan.heads), final_token);
+        let end = last_of_block(token);
+        let place = weight_place(token, head, chunk, own, call, plan);
+        next.step[share] = steps[place];
+        next.sum[share] = sums[place];
+        next.end[share] = sums[weight_place(end, head, chunk, own, call, plan)];
+        next.whole[share] = sums[weight_place(final_token, head, chunk, own, call, plan)];
+    }
+}
+
+/// Writes what [`fetch_next`] read into shared memory.
+#[cube]
+fn put_next<E: Float, VX: Size, VN: Size>(
+    next: &Next<E, VX, VN>,
+    tiles: &mut Tiles<E>,
+    #[comptime] plan: Plan,
+) {
+    let units = comptime!(plan.forward_units());
+    let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
+    put::<E, VX>(&next.x, &mut tiles.x, 0usize, tile_x, units);
+    put::<E, VN>(&next.b, &mut tiles.b, 0usize, tile_n, units);
+    put::<E, VN>(&next.c, &mut tiles.c, 0usize, tile_n, units);
+    let decays = &mut tiles.decays;
+    #[unroll]
+    for share in 0..comptime!(step_shares(plan)) {
+        let n = UNIT_POS as usize + comptime!(share * plan.forward_units());
+        let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
+        let (step, sum) = (next.step[share], next.sum[share]);
+        if token < comptime!(plan.chunk) {
+            let at = head * comptime!(plan.chunk) + token;
+            decays.step[at] = step;
+            decays.sum[at] = sum;
+            decays.factor[at] = bounded(next.end[share] - sum) * step;
+            decays.weight[at] = (next.whole[share] - sum).exp() * step;
+        }
+        if token == 0 {
+            decays.whole[head] = next.whole[share].exp();
+        }
+    }
+}
+
+/// Writes a plane's channels of the state into shared memory, rounded.
+#[cube]
+fn put_state<E: Float>(state: &Array<Pair<f32>>, into: &mut Shared<[E]>, #[comptime] plan: Plan) {
+    let into = into.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
+    // In pairs.
+    let row = comptime!(plan.stride_n() / 2);
+    let part = part(plan);
+    let to = (part.row + own_row()) * row + part.column / 2 + own_pair();
+    #[unroll]
+    for n in 0..comptime!(plan.state_columns() / NARROW) {
+        #[unroll]
+        for half in 0..2usize {
+            into[to + comptime!(half * 8 * row + n * NARROW / 2)] =
+                Pair::<E>::cast_from(state[comptime!(2 * n + half)]);
+        }
+    }
+}
+
+/// Writes the state before a chunk to memory: from shared memory, where that has it as it is kept.
+#[cube]
+fn emit<E: Float, S: Float, VN: Size>(
+    tile: &Shared<[E]>,
+    state: &Array<Pair<f32>>,
+    states: &mut [S],
+    entry: usize,
+    first_head: usize,
+    #[comptime] plan: Plan,
+) {
+    if comptime!(plan.kept_as_tile) {
+        let units = comptime!(plan.forward_units());
+        let vectors = comptime!(plan.state_padded() / plan.vector_n);
+        let tile = tile.as_vectorized().with_vector_size::<VN>();
+        let states = states.as_vectorized_mut().with_vector_size_mut::<VN>();
+        #[unroll]
+        for share in 0..comptime!(state_shares(plan)) {
+            let place = UNIT_POS as usize + comptime!(share * units);
+            let (row, column) = (place / vectors, place % vectors);
+            let n = column * comptime!(plan.vector_n);
+            if state_exists(row, n, plan) {
+                let to = entry + state_place(first_head, row, n, plan);
+                let value = tile[row * comptime!(plan.stride_n() / plan.vector_n) + column];
+                states[to / comptime!(plan.vector_n)] = Vector::<S, VN>::cast_from(value);
+            }
+        }
+    } else if has_channels(plan) {
+        store_state::<S>(state, states, entry, first_head, plan);
+    }
+}
