@@ -104,7 +104,6 @@ impl MatrixPlans {
                 frags,
                 tile: 64,
                 at_once: AT_ONCE,
-                shared_values: false,
                 fine,
                 mask,
             };
@@ -115,22 +114,10 @@ impl MatrixPlans {
         };
         // Blocks of a plane: as many as its registers hold.
         let frags = if dim <= 64 { 2 } else { 1 };
-        // A block of keys takes four operands; where their values would not fit the registers too, two blocks
-        // with values in shared memory read less of that than one with all in registers.
-        let both = MatrixPlan {
-            shared_values: true,
-            tile: 32,
-            ..plan(2)
-        };
-        let keys = match dim {
-            0..=32 => plan(2),
-            33..=64 if both.shared_bytes() <= SHARED => both,
-            _ => plan(1),
-        };
         Self {
             forward: plan(frags),
             queries: plan(frags),
-            keys,
+            keys: plan(if dim <= 32 { 2 } else { 1 }),
         }
     }
 }

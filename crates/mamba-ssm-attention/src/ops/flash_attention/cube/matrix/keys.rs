@@ -14,9 +14,8 @@ use cubecl::prelude::*;
 
 use super::forward::Place;
 use super::tiles::{
-    COLUMNS, Eight, MatrixPlan, Operand, PLANE, SIDE, Sum, accumulate, across, add_scores,
-    add_shared_scores, along, as_left, clear, exponent, fetch, lifted, load_rows, powers, put,
-    scores, write_rows, zeros,
+    COLUMNS, Eight, MatrixPlan, Operand, PLANE, SIDE, Sum, accumulate, across, add_scores, along,
+    as_left, clear, exponent, fetch, lifted, load_rows, powers, put, scores, write_rows, zeros,
 };
 use crate::ops::flash_attention::cube::common::{
     Call, HIDDEN, column_key, end_key, end_query, first_key, first_query, kept, row_key,
@@ -26,7 +25,6 @@ use crate::ops::flash_attention::cube::common::{
 #[derive(CubeType)]
 struct Rows<E: Float> {
     k: Sequence<Operand<E>>,
-    /// Empty where they lie in shared memory.
     v: Sequence<Operand<E>>,
     /// One at padding.
     hidden: Array<f32>,
@@ -37,8 +35,6 @@ struct Rows<E: Float> {
 /// A pair of tiles of queries in shared memory.
 #[derive(CubeType)]
 struct Tiles<E: Float> {
-    /// The cube's own values, unless they are in registers.
-    values: Shared<[E]>,
     queries: Shared<[E]>,
     douts: Shared<[E]>,
     /// Negated, as the sums begin with them.
@@ -70,10 +66,7 @@ pub(in super::super) fn backward_keys_matrix<E: Float>(
     let first = start_key + UNIT_POS / comptime!(PLANE as u32) * comptime!(plan.rows() as u32);
     let k_rows = kv_plane as usize * call.lk as usize;
 
-    let own = comptime!(plan.own());
-    let kept = comptime!(if plan.shared_values { own.size() } else { 8 });
     let mut tiles = Tiles::<E> {
-        values: Shared::new_aligned_slice(kept, 128usize),
         queries: Shared::new_aligned_slice(comptime!(2 * plan.size()), 128usize),
         douts: Shared::new_aligned_slice(comptime!(2 * plan.size()), 128usize),
         lses: Shared::new_aligned_slice(comptime!(2 * plan.tile), 8usize),
@@ -81,15 +74,8 @@ pub(in super::super) fn backward_keys_matrix<E: Float>(
     };
     let mut next_queries = Array::<Eight<E>>::new(comptime!(plan.shares()));
     let mut next_douts = Array::<Eight<E>>::new(comptime!(plan.shares()));
-    clear(&mut tiles.queries, comptime!(2 * plan.tile), plan);
-    clear(&mut tiles.douts, comptime!(2 * plan.tile), plan);
-    if comptime!(plan.shared_values) {
-        let mut values = Array::<Eight<E>>::new(comptime!(own.shares()));
-        let at = k_rows * comptime!(plan.dim);
-        fetch::<E>(v, at, start_key, call.lk, &mut values, own);
-        put::<E>(&values, &mut tiles.values, 0usize, own);
-        clear(&mut tiles.values, comptime!(own.tile), plan);
-    }
+    clear(&mut tiles.queries, plan);
+    clear(&mut tiles.douts, plan);
     let mut rows = read_rows::<E>(k, v, padding, kv_plane, first, call, plan);
 
     let tile = comptime!(plan.tile as u32);
@@ -150,11 +136,7 @@ fn read_rows<E: Float>(
     let k_rows = kv_plane as usize * call.lk as usize;
     let mut rows = Rows::<E> {
         k: load_rows::<E>(k, k_rows, first, call.lk, plan),
-        v: if comptime!(plan.shared_values) {
-            Sequence::<Operand<E>>::new()
-        } else {
-            load_rows::<E>(v, k_rows, first, call.lk, plan)
-        },
+        v: load_rows::<E>(v, k_rows, first, call.lk, plan),
         hidden: Array::new(comptime!(2 * plan.frags)),
         dk: zeros(comptime!(plan.frags * plan.columns())),
         dv: zeros(comptime!(plan.frags * plan.columns())),
@@ -236,27 +218,13 @@ fn visit<E: Float>(
 ) {
     let from = place.token * comptime!(plan.stride());
     let across = from + across(plan);
-    let along_own = along(plan);
-    let along = from + along_own;
+    let along = from + along(plan);
     #[unroll]
     for part in 0..comptime!(plan.tile / SIDE) {
         let offset = comptime!(part * SIDE * plan.stride());
         let mut p = scores::<E>(&rows.k, &tiles.queries, across + offset, plan);
         let mut dp = less_delta::<E>(tiles, place, part, plan);
-        if comptime!(plan.shared_values) {
-            let plane = UNIT_POS as usize / PLANE * comptime!(plan.rows() * plan.stride());
-            let values = plane + along_own;
-            add_shared_scores::<E>(
-                &tiles.values,
-                values,
-                &tiles.douts,
-                across + offset,
-                &mut dp,
-                plan,
-            );
-        } else {
-            add_scores::<E>(&rows.v, &tiles.douts, across + offset, &mut dp, plan);
-        }
+        add_scores::<E>(&rows.v, &tiles.douts, across + offset, &mut dp, plan);
         let mut weights = Sequence::<Operand<E>>::new();
         let mut gradients = Sequence::<Operand<E>>::new();
         #[unroll]

@@ -47,8 +47,6 @@ pub(in super::super) struct MatrixPlan {
     pub(in super::super) tile: usize,
     /// Tokens of a tile that the forward pass meets at once: more take more registers.
     pub(in super::super) at_once: usize,
-    /// Whether the pass over keys has its values in shared memory, and not in registers.
-    pub(in super::super) shared_values: bool,
     /// Whether weights are rounded to more than the eight bits of bf16, and have to be better.
     pub(in super::super) fine: bool,
     pub(in super::super) mask: Mask,
@@ -57,14 +55,6 @@ pub(in super::super) struct MatrixPlan {
 impl MatrixPlan {
     pub(in super::super) fn units(&self) -> usize {
         self.planes * PLANE
-    }
-
-    /// For the tokens that a cube owns, as a tile.
-    pub(super) fn own(&self) -> Self {
-        Self {
-            tile: self.block(),
-            ..*self
-        }
     }
 
     /// For a part of a tile alone.
@@ -128,12 +118,7 @@ impl MatrixPlan {
     /// Bytes of shared memory for two operands, each with the tile at work and the next, and two numbers
     /// per token.
     pub(in super::super) fn shared_bytes(&self) -> usize {
-        let own = if self.shared_values {
-            self.own().size()
-        } else {
-            0
-        };
-        (4 * self.size() + own) * 2 + 4 * self.tile * 4
+        4 * self.size() * 2 + 4 * self.tile * 4
     }
 }
 
@@ -179,17 +164,13 @@ pub(super) fn put<E: Float>(
     }
 }
 
-/// Zeroes what [`put`] leaves out of the last block of features of `tokens` tokens.
+/// Zeroes what [`put`] leaves out of the last block of features, in both halves of a pair of tiles.
 #[cube]
-pub(super) fn clear<E: Float>(
-    into: &mut Shared<[E]>,
-    #[comptime] tokens: usize,
-    #[comptime] plan: MatrixPlan,
-) {
+pub(super) fn clear<E: Float>(into: &mut Shared<[E]>, #[comptime] plan: MatrixPlan) {
     if comptime!(plan.dim % SIDE != 0) {
         let into = into.as_vectorized_mut().with_vector_size_mut::<Const<8>>();
         let mut token = UNIT_POS as usize;
-        while token < tokens {
+        while token < comptime!(2 * plan.tile) {
             into[token * comptime!(plan.stride() / VECTOR) + comptime!(plan.vectors())] =
                 Vector::new(E::from_int(0));
             token += comptime!(plan.units());
@@ -257,13 +238,6 @@ pub(super) fn across(#[comptime] plan: MatrixPlan) -> usize {
 pub(super) fn along(#[comptime] plan: MatrixPlan) -> usize {
     let lane = UNIT_POS_PLANE as usize;
     lane % 16 * comptime!(plan.stride()) + lane / 16 * 8
-}
-
-/// A left operand whose rows are sixteen tokens, and columns sixteen features; `at` as for [`load_along`].
-#[cube]
-fn load_left<E: Float>(from: &Shared<[E]>, at: usize) -> Operand<E> {
-    let definition = MmaDefinition::<E, E, f32>::new(16usize, 8usize, 16usize);
-    definition.load_matrix::<E, Const<2>>(&from[at..at + 8], MatrixIdent::A, 4usize, false)
 }
 
 /// Two right operands whose columns are sixteen tokens, and rows sixteen features.
@@ -337,31 +311,6 @@ pub(super) fn add_scores<E: Float>(
                     &rights[n],
                     &mut sums[comptime!(2 * frag + n)],
                 );
-            }
-        }
-    }
-}
-
-/// [`add_scores`] of rows that lie in shared memory, from element `own` on.
-#[cube]
-pub(super) fn add_shared_scores<E: Float>(
-    rows: &Shared<[E]>,
-    own: usize,
-    tile: &Shared<[E]>,
-    at: usize,
-    sums: &mut Sequence<Sum>,
-    #[comptime] plan: MatrixPlan,
-) {
-    #[unroll]
-    for step in 0..comptime!(plan.steps()) {
-        let rights = load_across::<E>(tile, at + comptime!(step * SIDE));
-        #[unroll]
-        for frag in 0..comptime!(plan.frags) {
-            let row = comptime!(frag * SIDE * plan.stride() + step * SIDE);
-            let left = load_left::<E>(rows, own + row);
-            #[unroll]
-            for n in 0..2usize {
-                multiply::<E>(&left, &rights[n], &mut sums[comptime!(2 * frag + n)]);
             }
         }
     }
