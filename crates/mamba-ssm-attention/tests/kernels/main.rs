@@ -19,14 +19,17 @@ struct Tested {
 
 fn devices() -> Vec<Tested> {
     #[allow(unused_mut)]
-    let mut devices: Vec<Tested> = Vec::new();
-    #[cfg(feature = "cpu")]
-    devices.push(Tested {
-        device: Device::cpu(),
-        dtypes: vec![FloatDType::F32],
-        tf32: false,
-        widest: 8,
-    });
+    let mut devices: Vec<Tested> = [
+        #[cfg(feature = "cpu")]
+        Tested {
+            device: Device::cpu(),
+            dtypes: vec![FloatDType::F32],
+            tf32: false,
+            widest: 8,
+        },
+    ]
+    .into_iter()
+    .collect();
     #[cfg(feature = "cuda")]
     if Device::enumerate(burn::tensor::DeviceType::Cuda).is_empty() {
         println!("skipped on CUDA: no such device");

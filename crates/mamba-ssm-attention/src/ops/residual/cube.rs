@@ -43,16 +43,16 @@ fn kernel<I: Float, V: Size>(
     y: &[I],
     seed: &[f32],
     out: &mut [I],
-    vectors: usize,
+    count: usize,
     width: usize,
     threshold: u32,
     factor: f32,
     #[comptime] add: bool,
     #[comptime] vector: usize,
     #[define(I)] _dtype: ElemType,
-    #[define(V)] _vector: usize,
+    #[define(V)] _at_once: usize,
 ) {
-    if ABSOLUTE_POS < vectors {
+    if ABSOLUTE_POS < count {
         let (token, feature) = (ABSOLUTE_POS * vector / width, ABSOLUTE_POS * vector % width);
         let words = (u32::reinterpret(seed[0]), u32::reinterpret(seed[1]));
         let key = mix(mix(token as u32 ^ words.0) ^ mix(words.1));

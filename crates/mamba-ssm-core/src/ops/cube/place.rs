@@ -41,7 +41,7 @@ impl Rows {
             && strides[2] == 1
             && strides[1] >= shape[2]
             && strides[0] == shape[1] * strides[1]
-            && tensor.handle.offset_start.unwrap_or(0) % 16 == 0;
+            && tensor.handle.offset_start.unwrap_or(0).is_multiple_of(16);
         if !even {
             return Self::whole(tensor);
         }

@@ -158,13 +158,16 @@ pub(super) fn inner<V: Size>(
     sum
 }
 
+/// A unit's share of a token's channels.
+type Channels<V> = Array<Vector<f32, V>>;
+
 /// What the norm is taken of, and the factor behind it.
 #[cube]
 pub(super) fn gate<V: Size>(
     x: &Array<Vector<f32, V>>,
     z: &Array<Vector<f32, V>>,
     #[comptime] plan: Plan,
-) -> (Array<Vector<f32, V>>, Array<Vector<f32, V>>) {
+) -> (Channels<V>, Channels<V>) {
     let mut normed = Array::<Vector<f32, V>>::new(comptime!(plan.shares()));
     let mut factor = Array::<Vector<f32, V>>::new(comptime!(plan.shares()));
     #[unroll]

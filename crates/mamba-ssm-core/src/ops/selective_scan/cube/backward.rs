@@ -60,7 +60,7 @@ impl Plan {
 
     /// Values that a unit holds after so many steps.
     fn held(&self, exchanges: usize) -> usize {
-        (2 * self.own_states() >> exchanges).max(1)
+        ((2 * self.own_states()) >> exchanges).max(1)
     }
 
     /// Bits of a unit's position in which units differ that hold the same in the end.
@@ -78,7 +78,7 @@ fn memory(#[comptime] plan: Plan) -> Memory {
     let group = comptime!(plan.group_tile());
     let parts = comptime!(plan.parts());
     let waiting = comptime!(plan.waiting * plan.row());
-    let memory = Memory {
+    Memory {
         steps: Shared::<[f32]>::new_aligned_slice(tile, 16usize),
         added: Shared::<[f32]>::new_aligned_slice(tile, 16usize),
         dy: Shared::<[f32]>::new_aligned_slice(tile, 16usize),
@@ -89,8 +89,7 @@ fn memory(#[comptime] plan: Plan) -> Memory {
         outputs: Shared::<[f32]>::new_aligned_slice(parts, 16usize),
         decays: Shared::<[f32]>::new_aligned_slice(parts, 16usize),
         waiting: Shared::<[f32]>::new_aligned_slice(waiting, 16usize),
-    };
-    memory
+    }
 }
 
 #[cube(launch, address_type = "dynamic")]
