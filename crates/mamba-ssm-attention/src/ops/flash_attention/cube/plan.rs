@@ -8,11 +8,10 @@
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::features::MmaConfig;
-use cubecl::ir::{ElemType, FloatKind};
+use mamba_ssm_linear::cube::fragment::has_fragments;
 
 use super::common::{Mask, Plan};
-use super::matrix::{MatrixPlan, PLANE, SIDE, VECTOR};
+use super::matrix::{MatrixPlan, VECTOR};
 use crate::ops::flash_attention::Spec;
 
 /// The widest head of the kernels with a unit per query.
@@ -73,26 +72,8 @@ impl Kernels {
 }
 
 fn has_matrix_units(q: &CubeTensor) -> bool {
-    let kind = match q.dtype {
-        DType::BF16 => FloatKind::BF16,
-        DType::F16 => FloatKind::F16,
-        _ => return false,
-    };
-    let properties = q.client.properties();
-    let (hardware, matmul) = (&properties.hardware, &properties.features.matmul);
-    let elem = ElemType::Float(kind);
-    hardware.plane_size_min as usize == PLANE
-        && hardware.plane_size_max as usize == PLANE
-        && hardware.max_shared_memory_size >= SHARED
-        && matmul.ldmatrix.contains(&elem)
-        && matmul.mma.contains(&MmaConfig {
-            a_type: elem,
-            b_type: elem,
-            cd_type: ElemType::Float(FloatKind::F32),
-            m: SIDE as u32,
-            n: 8,
-            k: SIDE as u32,
-        })
+    q.client.properties().hardware.max_shared_memory_size >= SHARED
+        && has_fragments(&q.client, q.dtype)
 }
 
 impl MatrixPlans {

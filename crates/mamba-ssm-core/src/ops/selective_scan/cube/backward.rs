@@ -20,6 +20,7 @@
 use cubecl::prelude::*;
 
 use super::common::*;
+use super::tiles::*;
 use crate::ops::cube::math::{sigmoid, silu_slope};
 
 /// Where gradients lie.

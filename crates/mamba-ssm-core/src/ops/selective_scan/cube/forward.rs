@@ -13,6 +13,7 @@
 use cubecl::prelude::*;
 
 use super::common::*;
+use super::tiles::*;
 use crate::ops::cube::math::sigmoid;
 
 #[cube(launch, address_type = "dynamic")]

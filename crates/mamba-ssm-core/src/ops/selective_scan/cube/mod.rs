@@ -4,6 +4,7 @@ mod backward;
 mod common;
 mod forward;
 mod launch;
+mod tiles;
 
 use burn::backend::tensor::FloatTensor;
 use burn_cubecl::CubeBackend;

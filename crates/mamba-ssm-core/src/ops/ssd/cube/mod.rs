@@ -4,7 +4,7 @@
 //! `outputs` computes every chunk from the state before it; `gradients` is the backward pass over chunks,
 //! with `states` walked backwards. On devices that multiply fragments in registers `states_matrix` and
 //! `gradients_matrix` take their place, and `forward_matrix` walks for states and outputs (`outputs_matrix`)
-//! together. `plan` chooses sizes; `launch` strings the passes together.
+//! together. `plan` and `ready` choose sizes, `walks` strings the walks together, `launch` all passes.
 
 mod forward_matrix;
 mod gradients;
@@ -13,9 +13,11 @@ mod launch;
 mod outputs;
 mod outputs_matrix;
 mod plan;
+mod ready;
 mod states;
 mod states_matrix;
 mod steps;
+mod walks;
 
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
@@ -25,8 +27,9 @@ use burn_cubecl::CubeBackend;
 use super::backend::{Forward, Gradients, Operands, Spec, SsdBackend};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::{as_f32, empty_like};
-pub(crate) use launch::{Destinations, Scan, backward, forward, states_dtype, states_shape};
+pub(crate) use launch::{backward, forward, states_dtype, states_shape};
 pub(crate) use plan::Sizes;
+pub(crate) use ready::{Destinations, Scan};
 
 fn scan(operands: Operands<CubeBackend>, spec: Spec) -> Scan {
     let [batch, length, heads, headdim] = operands.x.meta.shape.dims();

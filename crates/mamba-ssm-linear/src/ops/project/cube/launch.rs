@@ -95,62 +95,44 @@ pub(super) fn product(
     };
     let (client, dtype) = (x.tensor.client.clone(), x.tensor.dtype);
     let vectors = [x.vector(), weight.vector(), out.vector()];
-    let plan = problem.product(&client, dtype, vectors);
-    let blocks = columns.div_ceil(plan.tile_n());
-    let cubes = match &plan {
-        Plan::Stream(plan) => problem.stream_cubes(&client, plan),
-        _ => x.shape[0].div_ceil(plan.tile_m()) * blocks,
-    };
-    let call = ProductCallLaunch::new(cubes, blocks, x.place(), weight.place(), out.place());
     // Without a bias anything will do in its place.
     let bias = bias.unwrap_or_else(|| weight.tensor.clone());
     let addresses = address_type(&[&x.tensor, &weight.tensor, &out.tensor]);
     let types = [dtype, weight.tensor.dtype].map(elem);
-    // SAFETY: the kernels reach no element outside the matrices whose shapes and pitches they are given.
-    unsafe {
+    macro_rules! launch {
+        ($kernel:ident, $plan:expr, $cubes:expr, $blocks:expr, $vectors:expr) => {{
+            let (plan, cubes) = ($plan, $cubes);
+            let call =
+                ProductCallLaunch::new(cubes, $blocks, x.place(), weight.place(), out.place());
+            // SAFETY: the kernels reach no element outside the matrices whose shapes and pitches they are given.
+            unsafe {
+                $kernel::launch_unchecked(
+                    &client,
+                    grid(cubes),
+                    CubeDim::new_1d(plan.units() as u32),
+                    addresses,
+                    x.arg(),
+                    weight.arg(),
+                    bias.into_buffer_arg(),
+                    out.arg(),
+                    call,
+                    plan,
+                    types,
+                    $vectors,
+                )
+            }
+        }};
+    }
+    if let Some(plan) = problem.stream(&client, dtype, vectors) {
+        let cubes = problem.stream_cubes(&client, &plan);
+        launch!(product_stream, plan, cubes, 1, plan.vector);
+    } else {
+        let plan = problem.product(&client, dtype, vectors);
+        let blocks = columns.div_ceil(plan.tile_n());
+        let cubes = x.shape[0].div_ceil(plan.tile_m()) * blocks;
         match plan {
-            Plan::Stream(plan) => product_stream::launch_unchecked(
-                &client,
-                grid(cubes),
-                Plan::Stream(plan).cube_dim(),
-                addresses,
-                x.arg(),
-                weight.arg(),
-                bias.into_buffer_arg(),
-                out.arg(),
-                call,
-                plan,
-                types,
-                plan.vector,
-            ),
-            Plan::Matrix(plan) => product_matrix::launch_unchecked(
-                &client,
-                grid(cubes),
-                Plan::Matrix(plan).cube_dim(),
-                addresses,
-                x.arg(),
-                weight.arg(),
-                bias.into_buffer_arg(),
-                out.arg(),
-                call,
-                plan,
-                types,
-                plan.vectors,
-            ),
-            Plan::Plain(plan) => product_plain::launch_unchecked(
-                &client,
-                grid(cubes),
-                Plan::Plain(plan).cube_dim(),
-                addresses,
-                x.arg(),
-                weight.arg(),
-                bias.into_buffer_arg(),
-                out.arg(),
-                call,
-                plan,
-                types,
-                plan.vectors,
-            ),
+            Plan::Matrix(plan) => launch!(product_matrix, plan, cubes, blocks, plan.vectors),
+            Plan::Plain(plan) => launch!(product_plain, plan, cubes, blocks, plan.vectors),
         }
     }
     out.tensor
@@ -200,7 +182,6 @@ pub(super) fn parameter_gradients(
     // SAFETY: as above; the sums have a whole number of blocks.
     unsafe {
         match plan {
-            Plan::Stream(_) => unreachable!("a sum over tokens has no stream"),
             Plan::Matrix(plan) => outer_matrix::launch_unchecked(
                 &client,
                 grid(cubes),

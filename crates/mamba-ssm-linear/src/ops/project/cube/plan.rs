@@ -57,7 +57,6 @@ pub(super) struct Problem {
 /// Kernel and sizes.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Plan {
-    Stream(StreamPlan),
     Matrix(MatrixPlan),
     Plain(PlainPlan),
 }
@@ -65,7 +64,6 @@ pub(super) enum Plan {
 impl Plan {
     pub(super) fn tile_m(&self) -> usize {
         match self {
-            Plan::Stream(plan) => plan.tokens(),
             Plan::Matrix(plan) => plan.tile_m(),
             Plan::Plain(plan) => plan.tile_m(),
         }
@@ -73,7 +71,6 @@ impl Plan {
 
     pub(super) fn tile_n(&self) -> usize {
         match self {
-            Plan::Stream(plan) => plan.columns,
             Plan::Matrix(plan) => plan.tile_n(),
             Plan::Plain(plan) => plan.tile_n(),
         }
@@ -81,7 +78,6 @@ impl Plan {
 
     pub(super) fn depth(&self) -> usize {
         match self {
-            Plan::Stream(plan) => plan.depth(),
             Plan::Matrix(plan) => plan.depth,
             Plan::Plain(_) => DEPTH,
         }
@@ -89,7 +85,6 @@ impl Plan {
 
     pub(super) fn cube_dim(&self) -> CubeDim {
         CubeDim::new_1d(match self {
-            Plan::Stream(plan) => plan.units() as u32,
             Plan::Matrix(plan) => plan.units() as u32,
             Plan::Plain(plan) => plan.units() as u32,
         })
@@ -131,14 +126,11 @@ fn planes(blocks: usize, frags: usize, most: usize) -> usize {
 }
 
 impl Problem {
-    /// Sizes for a product whose rows are tokens.
+    /// Sizes for a product whose rows are tokens, unless [`Problem::stream`] has some.
     pub(super) fn product(&self, client: &Client, dtype: DType, vectors: [usize; 3]) -> Plan {
         let Some(plane) = matrix_plane(client, dtype) else {
             return Plan::Plain(self.plain(client, 16, vectors));
         };
-        if let Some(plan) = self.stream(client, dtype, vectors) {
-            return Plan::Stream(plan);
-        }
         let blocks_n = self.columns.div_ceil(SIDE);
         let planes_n = blocks_n.min(2);
         // The widest tile among those that leave the fewest columns idle.
@@ -174,7 +166,7 @@ impl Problem {
     }
 
     /// Sizes for many tokens and a weight that fits shared memory, so that two cubes share a multiprocessor.
-    fn stream(
+    pub(super) fn stream(
         &self,
         client: &Client,
         dtype: DType,

@@ -60,7 +60,7 @@ impl StreamPlan {
     }
 
     /// The inner dimension in whole turns.
-    pub(super) fn depth(&self) -> usize {
+    fn depth(&self) -> usize {
         self.inner.next_multiple_of(TURN)
     }
 

@@ -9,4 +9,4 @@ mod tiles;
 pub(super) use forward::forward_matrix;
 pub(super) use keys::backward_keys_matrix;
 pub(super) use queries::backward_queries_matrix;
-pub(super) use tiles::{MatrixPlan, PLANE, SIDE, VECTOR};
+pub(super) use tiles::{MatrixPlan, VECTOR};

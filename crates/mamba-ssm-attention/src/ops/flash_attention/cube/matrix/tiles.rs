@@ -10,14 +10,8 @@ use cubecl::prelude::*;
 
 use crate::ops::flash_attention::cube::common::Mask;
 
-/// Rows, and inner dimension, of a product.
-pub(in super::super) const SIDE: usize = 16;
-
-/// Columns of a product.
-pub(super) const COLUMNS: usize = 8;
-
-/// Units of a plane.
-pub(in super::super) const PLANE: usize = 32;
+// Units of a plane; columns of a product; a pair of neighbours; rows of a product, and its inner dimension.
+pub(super) use mamba_ssm_linear::cube::fragment::{LANES as PLANE, NARROW as COLUMNS, Pair, SIDE};
 
 /// Elements read from memory at once: 16 bytes.
 pub(in super::super) const VECTOR: usize = 8;
@@ -25,7 +19,6 @@ pub(in super::super) const VECTOR: usize = 8;
 /// Elements added to a token in shared memory, so that eight neighbours start in different banks.
 const PAD: usize = 8;
 
-pub(super) type Pair<E> = Vector<E, Const<2>>;
 pub(super) type Eight<E> = Vector<E, Const<8>>;
 
 /// A `16 x 16` left operand (four pairs a unit), or a `16 x 8` right operand (two).
