@@ -4,6 +4,8 @@
 //! another device) the full sizes run, in bf16 where the device has it. `-- "L8192"` picks the cases
 //! whose names contain it.
 
+use std::cell::OnceCell;
+
 use benches::{ACCELERATOR, both, config, draw, queue};
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
@@ -40,8 +42,9 @@ fn operator(c: &mut Criterion) {
         both(&mut group, &name, inputs, |[q, k, v]| {
             flash_attention(q, k, v, &options)
         });
-        let plain = inputs(&device);
+        let plain = OnceCell::new();
         group.bench_function(format!("{name}/Burn's attention, forward"), |bench| {
+            let plain: &[Tensor<4>; 3] = plain.get_or_init(|| inputs(&device));
             bench.iter_custom(|calls| queue(&device, calls, || burns(plain.clone())));
         });
     }

@@ -52,6 +52,9 @@ pub struct AttentionConfig {
     /// Seed of that dropout; each forward pass of the layer draws the next mask of its series.
     #[config(default = 0)]
     pub dropout_seed: u64,
+    /// Whether gradients must repeat to the bit: see [`FlashAttentionOptions::deterministic`].
+    #[config(default = false)]
+    pub deterministic: bool,
 }
 
 impl AttentionConfig {
@@ -125,6 +128,7 @@ impl AttentionConfig {
             window: self.window,
             dropout_seed: self.dropout_seed,
             dropout_calls: Arc::default(),
+            deterministic: self.deterministic,
         })
     }
 
@@ -175,6 +179,8 @@ pub struct Attention {
     dropout_seed: u64,
     #[module(skip)]
     dropout_calls: Arc<AtomicU64>,
+    #[module(skip)]
+    deterministic: bool,
 }
 
 /// What an [`Attention`] layer remembers of the tokens it has seen: their keys, turned, and values.
@@ -298,6 +304,7 @@ impl Attention {
             causal: self.causal,
             window: self.window,
             dropout: self.draw_dropout(device),
+            deterministic: self.deterministic,
             ..FlashAttentionOptions::default()
         }
     }

@@ -41,6 +41,10 @@ pub struct TransformerConfig {
     /// Seed of the attention dropout.
     #[config(default = 0)]
     pub dropout_seed: u64,
+    /// Whether the gradients of attention must repeat to the bit: see
+    /// [`FlashAttentionOptions::deterministic`](crate::FlashAttentionOptions::deterministic).
+    #[config(default = false)]
+    pub deterministic: bool,
     /// Whether the attention projections have a bias; those of the feed-forward part always do.
     #[config(default = false)]
     pub attention_bias: bool,
@@ -60,6 +64,7 @@ impl TransformerConfig {
             .with_rotary_base(self.rotary_base)
             .with_bias(self.attention_bias)
             .with_dropout(self.attention_dropout)
+            .with_deterministic(self.deterministic)
             // Layers of one model must not drop the same positions.
             .with_dropout_seed(self.dropout_seed.wrapping_mul(1 << 16) + layer as u64)
     }

@@ -35,6 +35,10 @@ pub struct FlashAttentionOptions {
     pub key_padding: Option<Tensor<2, Bool>>,
     /// Dropout of the probabilities.
     pub dropout: Option<AttentionDropout>,
+    /// Whether gradients must repeat to the bit. The backward pass on matrix units is slower then, since it may
+    /// not add to the gradient of `q` in any order; all else always repeats. (`deterministic` of the official
+    /// `flash_attn_func`.)
+    pub deterministic: bool,
 }
 
 impl FlashAttentionOptions {
@@ -67,6 +71,12 @@ impl FlashAttentionOptions {
     /// Sets the dropout of the probabilities.
     pub fn with_dropout(mut self, prob: f64, seed: u64) -> Self {
         self.dropout = Some(AttentionDropout { prob, seed });
+        self
+    }
+
+    /// Makes gradients repeat to the bit.
+    pub fn with_deterministic(mut self, deterministic: bool) -> Self {
+        self.deterministic = deterministic;
         self
     }
 
@@ -122,6 +132,7 @@ impl FlashAttentionOptions {
             scale: self.scale.unwrap_or((dim as f64).powf(-0.5)),
             window: self.window,
             dropout: self.dropout.filter(|dropout| dropout.prob > 0.0),
+            deterministic: self.deterministic,
         }
     }
 
@@ -161,6 +172,7 @@ pub struct Spec {
     pub(crate) scale: f64,
     pub(crate) window: Option<usize>,
     pub(crate) dropout: Option<AttentionDropout>,
+    pub(crate) deterministic: bool,
 }
 
 impl Spec {

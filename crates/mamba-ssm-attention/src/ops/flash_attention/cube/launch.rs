@@ -4,14 +4,21 @@ use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
+use mamba_ssm_linear::cube::fragment::{LANES, SIDE};
 use mamba_ssm_linear::cube::{address_type, elem, empty_like, grid};
 
 use super::backward::{backward_keys, backward_queries};
 use super::common::{CallLaunch, Plan};
 use super::forward::forward as forward_kernel;
-use super::matrix::{backward_keys_matrix, backward_queries_matrix, forward_matrix};
+use super::matrix::{
+    MatrixPlan, SHARERS, backward_keys_matrix, backward_queries_matrix, finish, forward_matrix,
+    prepare, sums,
+};
 use super::plan::Kernels;
 use crate::ops::flash_attention::{Spec, dropout};
+
+/// Units of a cube of the kernels that go over rows once.
+const UNITS: usize = 256;
 
 /// Sizes of one call.
 struct Sizes<'a> {
@@ -138,8 +145,67 @@ pub(super) fn backward(
     let [q, k, ..] = &tensors;
     let sizes = Sizes::new(q, k, spec);
     let padding = padding_or_dummy(padding, q);
-    let (dq, delta) = queries(&tensors, &padding, kernels, &sizes);
-    let (dk, dv) = keys(tensors, padding, delta, kernels, &sizes);
+    match kernels {
+        Kernels::Matrix(plans) if plans.keys.joint => {
+            joint(tensors, padding, kernels, plans.keys, &sizes)
+        }
+        _ => {
+            let (dq, delta) = queries(&tensors, &padding, kernels, &sizes);
+            let nothing = empty_like(q, [1], DType::F32);
+            let (dk, dv) = keys(tensors, padding, delta, nothing, kernels, &sizes);
+            (dq, dk, dv)
+        }
+    }
+}
+
+/// All three gradients in one pass over the keys.
+fn joint(
+    tensors: [CubeTensor; 6],
+    padding: CubeTensor,
+    kernels: &Kernels,
+    plan: MatrixPlan,
+    sizes: &Sizes,
+) -> (CubeTensor, CubeTensor, CubeTensor) {
+    let [q, _, _, out, lse, dout] = &tensors;
+    let (client, elem) = (q.client.clone(), elem(q.dtype));
+    let delta = empty_like(q, lse.meta.shape.clone(), DType::F32);
+    let dq = empty_like(q, q.meta.shape.clone(), q.dtype);
+    let heads = sizes.batch * sizes.heads;
+    let sums = empty_like(q, [heads * sums(sizes.lq, plan)], DType::F32);
+    let addresses = address_type(&[q, &tensors[1], &sums]);
+    let cubes = |units: usize| grid(units.div_ceil(UNITS));
+    let dim = CubeDim::new_1d(UNITS as u32);
+    // SAFETY: the kernels reach no token past the lengths they are given.
+    unsafe {
+        prepare::launch_unchecked(
+            &client,
+            cubes(heads * sizes.lq.next_multiple_of(SIDE) * SHARERS),
+            dim,
+            addresses,
+            out.clone().into_buffer_arg(),
+            dout.clone().into_buffer_arg(),
+            delta.clone().into_buffer_arg(),
+            sums.clone().into_buffer_arg(),
+            sizes.grid(heads, 1).1,
+            plan,
+            elem,
+        );
+    }
+    let (dk, dv) = keys(tensors, padding, delta, sums.clone(), kernels, sizes);
+    // SAFETY: as above.
+    unsafe {
+        finish::launch_unchecked(
+            &client,
+            cubes(heads * sizes.lq.div_ceil(SIDE) * plan.steps() * LANES),
+            dim,
+            addresses,
+            sums.into_buffer_arg(),
+            dq.clone().into_buffer_arg(),
+            sizes.grid(heads, 1).1,
+            plan,
+            elem,
+        );
+    }
     (dq, dk, dv)
 }
 
@@ -188,20 +254,21 @@ fn queries(
     (dq, delta)
 }
 
-/// Gradients of the keys and values.
+/// Gradients of the keys and values; `sums` takes that of the queries, where it is found as well.
 fn keys(
     tensors: [CubeTensor; 6],
     padding: CubeTensor,
     delta: CubeTensor,
+    sums: CubeTensor,
     kernels: &Kernels,
     sizes: &Sizes,
 ) -> (CubeTensor, CubeTensor) {
     let [q, k, v, _, lse, dout] = tensors;
     let [dk, dv] = [&k, &v].map(|x| empty_like(x, x.meta.shape.clone(), x.dtype));
     let (client, elem) = (q.client.clone(), elem(q.dtype));
-    let addresses = address_type(&[&q, &k, &lse]);
+    let addresses = address_type(&[&q, &k, &lse, &sums]);
     macro_rules! launch {
-        ($kernel:ident, $plan:expr) => {{
+        ($kernel:ident, $plan:expr $(, $sums:expr)?) => {{
             let plan = $plan;
             let (count, call) = sizes.by_keys(plan.block());
             // SAFETY: the kernels reach no token past the lengths they are given.
@@ -220,6 +287,7 @@ fn keys(
                     dout.into_buffer_arg(),
                     dk.clone().into_buffer_arg(),
                     dv.clone().into_buffer_arg(),
+                    $($sums.into_buffer_arg(),)?
                     call,
                     plan,
                     elem,
@@ -228,7 +296,7 @@ fn keys(
         }};
     }
     match kernels {
-        Kernels::Matrix(plans) => launch!(backward_keys_matrix, plans.keys),
+        Kernels::Matrix(plans) => launch!(backward_keys_matrix, plans.keys, sums),
         Kernels::Units(plan) => launch!(backward_keys, Plan { rows: 1, ..*plan }),
     }
     (dk, dv)

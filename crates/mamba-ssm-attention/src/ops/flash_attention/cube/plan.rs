@@ -8,6 +8,9 @@
 
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::features::AtomicUsage;
+use cubecl::ir::Type;
+use mamba_ssm_linear::cube::elem;
 use mamba_ssm_linear::cube::fragment::has_fragments;
 
 use super::common::{Mask, Plan};
@@ -59,10 +62,14 @@ impl Kernels {
         let dim = q.meta.shape[3];
         let matrix = dim.is_multiple_of(VECTOR) && dim <= MAX_MATRIX_DIM && spec.scale >= 0.0;
         if matrix && has_matrix_units(q) {
+            let hardware = &q.client.properties().hardware;
+            let room = (!spec.deterministic && adds_atomically(q))
+                .then_some(hardware.max_shared_memory_size);
             return Some(Self::Matrix(MatrixPlans::new(
                 dim,
                 mask,
                 q.dtype == DType::F16,
+                room,
             )));
         }
         let floats = matches!(q.dtype, DType::F32 | DType::F16 | DType::BF16);
@@ -76,8 +83,16 @@ fn has_matrix_units(q: &CubeTensor) -> bool {
         && has_fragments(&q.client, q.dtype)
 }
 
+/// Whether f32 can be added to in memory by all at once.
+fn adds_atomically(q: &CubeTensor) -> bool {
+    let sums = Type::atomic(Type::new(elem(DType::F32)));
+    let usage = q.client.properties().atomic_type_usage(sums);
+    usage.contains(AtomicUsage::Add)
+}
+
 impl MatrixPlans {
-    pub(super) fn new(dim: usize, mask: Mask, fine: bool) -> Self {
+    /// Within `room` bytes of shared memory the pass over keys finds the gradient of the queries as well.
+    pub(super) fn new(dim: usize, mask: Mask, fine: bool, room: Option<usize>) -> Self {
         let plan = |frags| {
             let mut plan = MatrixPlan {
                 dim,
@@ -85,6 +100,7 @@ impl MatrixPlans {
                 frags,
                 tile: 64,
                 at_once: AT_ONCE,
+                joint: false,
                 fine,
                 mask,
             };
@@ -95,10 +111,16 @@ impl MatrixPlans {
         };
         // Blocks of a plane: as many as its registers hold.
         let frags = if dim <= 64 { 2 } else { 1 };
+        let keys = plan(if dim <= 32 { 2 } else { 1 });
+        let joint = MatrixPlan {
+            joint: true,
+            ..keys
+        };
+        let fits = room.is_some_and(|room| joint.shared_bytes() <= room);
         Self {
             forward: plan(frags),
             queries: plan(frags),
-            keys: plan(if dim <= 32 { 2 } else { 1 }),
+            keys: if fits { joint } else { keys },
         }
     }
 }

@@ -7,8 +7,10 @@
 //!
 //! A cube owns a tile of channels of one batch entry and walks the chunks of a segment in order. Its planes have
 //! two tasks in turn: 16 tokens each, of some heads or channels, of a chunk's outputs (`outputs_matrix`), then 16
-//! channels each, of a part of the state, of that (`states_matrix`), which stays in registers; the outputs read it, rounded, from shared memory. The next
-//! chunk is on its way from memory while the state is brought up to date. With more than one segment the ends
+//! channels each, of a part of the state, of that (`states_matrix`), which stays in registers; the outputs read it,
+//! rounded, from shared memory. Where that has room for two chunks, C of the next one is on its way from memory while
+//! outputs are found, and all else while the state is brought up to date: half as much waits in registers, which
+//! the products need. With more than one segment the ends
 //! of segments have been found by a walk before this one.
 //!
 //! Bytes: `x`, `B` and `C` read once (`B` and `C` once for each tile of channels, mostly from the cache), `y`
@@ -18,6 +20,7 @@ use cubecl::prelude::*;
 
 use super::outputs_matrix::{Decays, Tiles, outputs};
 use super::plan::{Call, Plan};
+use super::scores_matrix::scores_size;
 use super::states::{Direction, last_segment, state_exists, state_place};
 use super::states_matrix::{
     Share, advance, fetch_chunk, load_state, part, share, store_state, weight_place,
@@ -54,6 +57,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     x: &[E],
     b: &[E],
     c: &[E],
+    scores: &[f32],
     d: &[f32],
     steps: &[f32],
     sums: &[f32],
@@ -94,10 +98,21 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     }
     let from = own.segment * call.per_segment;
     let to = min(from + call.per_segment, call.chunks);
-    fetch_next::<E, VX, VN>(x, b, c, steps, sums, from, &own, &mut next, call, plan);
+    fetch_c::<E, VX, VN>(c, from, &own, &mut next, call, plan);
+    fetch_rest::<E, VX, VN>(x, b, steps, sums, from, &own, &mut next, call, plan);
+    let mut first = 0usize;
+    if comptime!(plan.two_chunks) {
+        put_c::<E, VX, VN>(&next, &mut tiles, first, plan);
+        put_rest::<E, VX, VN>(&next, &mut tiles, first, plan);
+    }
     for chunk in from..to {
+        // Who is here has left the outputs of the chunk before: they are read from the state, and from all else
+        // where the next chunk takes its place.
         sync_cube();
-        put_next::<E, VX, VN>(&next, &mut tiles, plan);
+        if comptime!(!plan.two_chunks) {
+            put_c::<E, VX, VN>(&next, &mut tiles, first, plan);
+            put_rest::<E, VX, VN>(&next, &mut tiles, first, plan);
+        }
         if has_channels(plan) {
             put_state::<E>(&state, &mut tiles.h, plan);
         }
@@ -106,26 +121,45 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             let entry = (own.batch * call.chunks + chunk) * size;
             emit::<E, S, VN>(&tiles.h, &state, states, entry, own.first_head, plan);
         }
+        let more = chunk + 1 < to;
+        let behind = comptime!(plan.chunk) - first;
+        if comptime!(plan.two_chunks) && more {
+            fetch_c::<E, VX, VN>(c, chunk + 1, &own, &mut next, call, plan);
+        }
         if has_tokens(plan) {
             let token = chunk * comptime!(plan.chunk);
             let rows = min(call.length - token, comptime!(plan.chunk).runtime());
             let row = call.out.offset + (own.batch * call.length + token) * call.out.row;
             let to = row + own.first_head * comptime!(plan.headdim);
-            outputs::<E>(&tiles, y, to, rows, call, plan);
+            let from = (own.batch * call.chunks + chunk) * call.groups + own.group;
+            let from = from * comptime!(scores_size(plan));
+            outputs::<E>(&tiles, first, scores, from, y, to, rows, call, plan);
         }
-        if chunk + 1 < to {
-            fetch_next::<E, VX, VN>(x, b, c, steps, sums, chunk + 1, &own, &mut next, call, plan);
+        if more {
+            if comptime!(plan.two_chunks) {
+                put_c::<E, VX, VN>(&next, &mut tiles, behind, plan);
+            } else {
+                fetch_c::<E, VX, VN>(c, chunk + 1, &own, &mut next, call, plan);
+            }
+            fetch_rest::<E, VX, VN>(x, b, steps, sums, chunk + 1, &own, &mut next, call, plan);
         }
         if has_channels(plan) {
             let decays = &tiles.decays;
             advance::<E>(
                 &tiles.x,
                 &tiles.b,
+                first,
                 &decays.weight,
                 &decays.whole,
                 &mut state,
                 plan,
             );
+        }
+        if comptime!(plan.two_chunks) {
+            if more {
+                put_rest::<E, VX, VN>(&next, &mut tiles, behind, plan);
+            }
+            first = behind;
         }
     }
     if own.segment == last_segment(call, mode) && has_channels(plan) {
@@ -135,8 +169,10 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
 
 #[cube]
 fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
-    let steps = comptime!(plan.chunk * plan.heads);
-    let (size_x, size_n) = comptime!((plan.tile_x().size(), plan.tile_n().size()));
+    let chunks = comptime!(1 + usize::from(plan.two_chunks));
+    let steps = comptime!(chunks * plan.chunk * plan.heads);
+    let (size_x, size_n) =
+        comptime!((chunks * plan.tile_x().size(), chunks * plan.tile_n().size()));
     let size_h = comptime!(plan.channels() * plan.stride_n());
     Tiles::<E> {
         x: Shared::new_aligned_slice(size_x, 128usize),
@@ -149,7 +185,7 @@ fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
             sum: Shared::new_aligned_slice(steps, 16usize),
             factor: Shared::new_aligned_slice(steps, 16usize),
             weight: Shared::new_aligned_slice(steps, 16usize),
-            whole: Shared::new_aligned_slice(comptime!(plan.heads), 16usize),
+            whole: Shared::new_aligned_slice(comptime!(chunks * plan.heads), 16usize),
         },
     }
 }
@@ -186,12 +222,36 @@ fn put_skip(d: &[f32], own: &Share, into: &mut Shared<[f32]>, #[comptime] plan: 
     }
 }
 
-/// Reads a unit's share of a chunk into registers.
+/// Reads a unit's share of a chunk's C into registers.
 #[cube]
-fn fetch_next<E: Float, VX: Size, VN: Size>(
+fn fetch_c<E: Float, VX: Size, VN: Size>(
+    c: &[E],
+    chunk: usize,
+    own: &Share,
+    next: &mut Next<E, VX, VN>,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let column = own.group * comptime!(plan.state);
+    fetch_chunk::<E, VN>(
+        c,
+        &call.c,
+        column,
+        chunk,
+        own,
+        &mut next.c,
+        call,
+        plan,
+        comptime!(plan.tile_n()),
+        comptime!(plan.forward_units()),
+    );
+}
+
+/// Reads a unit's share of all else of a chunk into registers.
+#[cube]
+fn fetch_rest<E: Float, VX: Size, VN: Size>(
     x: &[E],
     b: &[E],
-    c: &[E],
     steps: &[f32],
     sums: &[f32],
     chunk: usize,
@@ -228,18 +288,6 @@ fn fetch_next<E: Float, VX: Size, VN: Size>(
         tile_n,
         units,
     );
-    fetch_chunk::<E, VN>(
-        c,
-        &call.c,
-        column,
-        chunk,
-        own,
-        &mut next.c,
-        call,
-        plan,
-        tile_n,
-        units,
-    );
     #[unroll]
     for share in 0..comptime!(step_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.forward_units());
@@ -255,18 +303,48 @@ fn fetch_next<E: Float, VX: Size, VN: Size>(
     }
 }
 
-/// Writes what [`fetch_next`] read into shared memory.
+/// Writes what [`fetch_c`] read into shared memory, from row `first` on.
 #[cube]
-fn put_next<E: Float, VX: Size, VN: Size>(
+fn put_c<E: Float, VX: Size, VN: Size>(
     next: &Next<E, VX, VN>,
     tiles: &mut Tiles<E>,
+    first: usize,
+    #[comptime] plan: Plan,
+) {
+    let (tile, units) = comptime!((plan.tile_n(), plan.forward_units()));
+    put::<E, VN>(
+        &next.c,
+        &mut tiles.c,
+        first * comptime!(tile.stride),
+        tile,
+        units,
+    );
+}
+
+/// Writes what [`fetch_rest`] read.
+#[cube]
+fn put_rest<E: Float, VX: Size, VN: Size>(
+    next: &Next<E, VX, VN>,
+    tiles: &mut Tiles<E>,
+    first: usize,
     #[comptime] plan: Plan,
 ) {
     let units = comptime!(plan.forward_units());
     let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
-    put::<E, VX>(&next.x, &mut tiles.x, 0usize, tile_x, units);
-    put::<E, VN>(&next.b, &mut tiles.b, 0usize, tile_n, units);
-    put::<E, VN>(&next.c, &mut tiles.c, 0usize, tile_n, units);
+    put::<E, VX>(
+        &next.x,
+        &mut tiles.x,
+        first * comptime!(tile_x.stride),
+        tile_x,
+        units,
+    );
+    put::<E, VN>(
+        &next.b,
+        &mut tiles.b,
+        first * comptime!(tile_n.stride),
+        tile_n,
+        units,
+    );
     let decays = &mut tiles.decays;
     #[unroll]
     for share in 0..comptime!(step_shares(plan)) {
@@ -274,14 +352,15 @@ fn put_next<E: Float, VX: Size, VN: Size>(
         let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
         let (step, sum) = (next.step[share], next.sum[share]);
         if token < comptime!(plan.chunk) {
-            let at = head * comptime!(plan.chunk) + token;
+            let at = first * comptime!(plan.heads) + head * comptime!(plan.chunk) + token;
             decays.step[at] = step;
             decays.sum[at] = sum;
             decays.factor[at] = bounded(next.end[share] - sum) * step;
             decays.weight[at] = (next.whole[share] - sum).exp() * step;
         }
         if token == 0 {
-            decays.whole[head] = next.whole[share].exp();
+            let at = first / comptime!(plan.chunk) * comptime!(plan.heads) + head;
+            decays.whole[at] = next.whole[share].exp();
         }
     }
 }

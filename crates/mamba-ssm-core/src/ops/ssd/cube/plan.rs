@@ -10,6 +10,7 @@ use crate::ops::cube::product::{Lie, Part, Product};
 use crate::ops::cube::tile::Tile;
 use crate::ops::cube::{SIDE, Team};
 use crate::ops::ssd::cube::gradients::{KEPT, kept_parts, pair_parts, parts};
+use crate::ops::ssd::cube::gradients_matrix;
 use crate::ops::ssd::cube::launch::states_dtype;
 
 /// What a kernel is compiled for.
@@ -30,6 +31,13 @@ pub(super) struct Plan {
     pub(super) team: Team,
     /// Whether the passes multiply fragments in registers.
     pub(super) fragments: bool,
+    /// Whether `C B^T` is found before the forward pass with fragments, for all heads of a group.
+    pub(super) scores_given: bool,
+    /// Whether the forward pass with fragments has room in shared memory for the next chunk beside the one at
+    /// work.
+    pub(super) two_chunks: bool,
+    /// And the pass for gradients, for the next tile.
+    pub(super) two_tiles: bool,
     /// Parts of the state that planes of the same channels have in walks with fragments.
     pub(super) state_parts: usize,
     /// Whether the states between chunks are kept in the type of the tiles.
@@ -48,8 +56,18 @@ const MOST_STATE: usize = 128;
 /// Most channels of a cube of a walk for states with fragments.
 const MOST_CHANNELS: usize = 128;
 
+/// Units that a multiprocessor runs of a forward pass with fragments.
+pub(super) const OUTPUT_UNITS: usize = 256;
+
+/// Registers of a unit that may be taken while products are found. Measured: two chunks at once are no faster where
+/// 80 are, and 13 % faster where 144 are.
+const ENOUGH_REGISTERS: usize = 96;
+
+/// Bytes that a device keeps of the shared memory of every cube.
+pub(super) const CUBE_BYTES: usize = 1024;
+
 /// Bytes that aligning every array of shared memory may cost.
-const ALIGNMENT: usize = 16 * 20;
+pub(super) const ALIGNMENT: usize = 16 * 20;
 
 impl Plan {
     /// The plan of the pass for gradients: where shared memory leaves room for one cube of it only, that
@@ -131,11 +149,33 @@ impl Plan {
         self.walk_planes().max(self.output_planes()) * LANES
     }
 
+    /// Units of a cube that finds `C B^T`.
+    pub(super) fn score_units(&self) -> usize {
+        self.chunk / SIDE * LANES
+    }
+
     /// Bytes of shared memory of a walk for states with fragments, of 16-bit tiles.
     fn walk_bytes(&self) -> usize {
         2 * (self.tile_x().size() + self.tile_n().size())
             + 4 * (self.chunk + 1) * self.heads
+            + CUBE_BYTES
             + ALIGNMENT
+    }
+
+    /// Whether a unit of the forward pass with fragments would have more numbers waiting in registers for the next
+    /// chunk, beside its state, than leaves the products enough.
+    fn is_short_of_registers(&self) -> bool {
+        let waiting = self.chunk * (self.channels() + 2 * self.state_padded()) / 2;
+        let state = self.state_columns() * SIDE / LANES;
+        waiting / self.forward_units() + state > ENOUGH_REGISTERS
+    }
+
+    /// Bytes of shared memory of the forward pass with fragments, of 16-bit tiles, with so many chunks at once.
+    fn forward_bytes(&self, chunks: usize) -> usize {
+        let tiles = chunks * (self.tile_x().size() + 2 * self.tile_n().size());
+        let state = self.channels() * self.stride_n();
+        let decays = chunks * self.heads * (4 * self.chunk + 1);
+        2 * (tiles + state) + 4 * (decays + self.channels()) + CUBE_BYTES + ALIGNMENT
     }
 
     /// Units of a cube of the gradients with fragments: a plane for 16 later tokens and one for 16 earlier.
@@ -368,11 +408,21 @@ pub(super) fn plan(
             skip,
             team,
             fragments: false,
+            // A cube of many heads finds them once for all of those: measured, that is no slower.
+            scores_given: has_fragments(client, tile) && heads == 1 && sizes.heads_per_group() > 1,
+            two_chunks: false,
+            two_tiles: false,
             state_parts: 1,
             kept_as_tile: states_dtype(tile) == tile,
         };
         let plan = Plan {
             fragments: has_fragments(client, tile) && plan.suits_fragments(hardware),
+            two_chunks: plan.is_short_of_registers()
+                && plan.forward_bytes(2) <= memory / (OUTPUT_UNITS / plan.forward_units()).max(1),
+            two_tiles: gradients_matrix::bytes(Plan {
+                two_tiles: true,
+                ..plan
+            }) <= memory,
             ..plan
         };
         (plan.gradient_bytes(tile.size()) <= memory).then_some(plan)

@@ -8,7 +8,9 @@ use cubecl::prelude::*;
 use super::gradients::skip_parts;
 use super::gradients_matrix::half_planes;
 use super::launch::states_dtype;
-use super::plan::{CallLaunch, Plan, Sizes, plan};
+use super::plan::{CallLaunch, OUTPUT_UNITS, Plan, Sizes, plan};
+
+use super::scores_matrix::scores_size;
 use super::steps::{HEADS, steps, steps_backward};
 use crate::ops::cube::place::Rows;
 use crate::ops::cube::{address_type, alone, elem, empty_like, filled, grid, tile_dtype};
@@ -21,9 +23,8 @@ const ENOUGH_CUBES: usize = 512;
 /// sequence, more only lengthen the passing from segment to segment (`docs/performance.md`).
 const WALKERS: usize = 256;
 
-/// Units that a multiprocessor runs of a walk for states with fragments, and of one for outputs too.
+/// Units that a multiprocessor runs of a walk for states with fragments.
 const STATE_UNITS: usize = 512;
-const OUTPUT_UNITS: usize = 256;
 
 /// A scan: its operands and where they lie.
 pub(crate) struct Scan {
@@ -81,7 +82,9 @@ fn addresses(scan: &Scan, outputs: &[&[&Rows]; 2], plan: &Plan) -> AddressType {
     let steps = chunks * plan.chunk * sizes.heads;
     // Parts of the gradients of B and C, one for each tile of heads at most.
     let parts = steps / plan.heads * sizes.state;
-    address_type(&given).max(AddressType::from_len(states.max(steps).max(parts)))
+    let scores = chunks * sizes.groups * scores_size(*plan);
+    let made = states.max(steps).max(parts).max(scores);
+    address_type(&given).max(AddressType::from_len(made))
 }
 
 impl Ready {

@@ -91,16 +91,15 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     }
     let units = comptime!(plan.walk_units());
     let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
-    let x_column = own.first_head * comptime!(plan.headdim);
-    let b_column = own.group * comptime!(plan.state);
-    let mut x_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_x.size()), 128usize);
-    let mut b_tile = Shared::<[E]>::new_aligned_slice(comptime!(tile_n.size()), 128usize);
-    let mut weights =
-        Shared::<[f32]>::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize);
-    let mut decays = Shared::<[f32]>::new_slice(comptime!(plan.heads));
-    let mut next_x = Array::<Vector<E, VX>>::new(comptime!(tile_x.shares(units)));
-    let mut next_b = Array::<Vector<E, VN>>::new(comptime!(tile_n.shares(units)));
-    let mut next_weights = Raw {
+    let mut tiles = WalkTiles::<E> {
+        x: Shared::new_aligned_slice(comptime!(tile_x.size()), 128usize),
+        b: Shared::new_aligned_slice(comptime!(tile_n.size()), 128usize),
+        weights: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
+        decays: Shared::new_slice(comptime!(plan.heads)),
+    };
+    let mut next = Next::<E, VX, VN> {
+        x: Array::new(comptime!(tile_x.shares(units))),
+        b: Array::new(comptime!(tile_n.shares(units))),
         step: Array::new(comptime!(weight_shares(plan))),
         sum: Array::new(comptime!(weight_shares(plan))),
         end: Array::new(comptime!(weight_shares(plan))),
@@ -114,75 +113,33 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     }
     let from = own.segment * call.per_segment;
     let to = min(from + call.per_segment, call.chunks);
-    let first = chunk_of(from, from, to, mode);
-    fetch_chunk::<E, VX>(
-        x,
-        &call.x,
-        x_column,
-        first,
-        &own,
-        &mut next_x,
-        call,
-        plan,
-        tile_x,
-        units,
-    );
-    fetch_chunk::<E, VN>(
-        b,
-        &call.b,
-        b_column,
-        first,
-        &own,
-        &mut next_b,
-        call,
-        plan,
-        tile_n,
-        units,
-    );
-    fetch_weights(steps, sums, first, &own, &mut next_weights, call, plan);
+    let chunk = chunk_of(from, from, to, mode);
+    fetch_next::<E, VX, VN>(x, b, steps, sums, chunk, &own, &mut next, call, plan);
     let mut total = 0.0f32;
     for visit in from..to {
-        let chunk = chunk_of(visit, from, to, mode);
         sync_cube();
-        put::<E, VX>(&next_x, &mut x_tile, 0usize, tile_x, units);
-        put::<E, VN>(&next_b, &mut b_tile, 0usize, tile_n, units);
-        put_weights(&next_weights, &mut weights, &mut decays, plan, mode);
+        put_next::<E, VX, VN>(&next, &mut tiles, plan, mode);
         // The first units' first token is each head's first.
-        total += next_weights.end[0];
+        total += next.end[0];
         sync_cube();
         if visit + 1 < to {
-            let next = chunk_of(visit + 1, from, to, mode);
-            fetch_chunk::<E, VX>(
-                x,
-                &call.x,
-                x_column,
-                next,
-                &own,
-                &mut next_x,
-                call,
-                plan,
-                tile_x,
-                units,
-            );
-            fetch_chunk::<E, VN>(
-                b,
-                &call.b,
-                b_column,
-                next,
-                &own,
-                &mut next_b,
-                call,
-                plan,
-                tile_n,
-                units,
-            );
-            fetch_weights(steps, sums, next, &own, &mut next_weights, call, plan);
+            let chunk = chunk_of(visit + 1, from, to, mode);
+            fetch_next::<E, VX, VN>(x, b, steps, sums, chunk, &own, &mut next, call, plan);
         }
         if comptime!(mode.emit) {
+            let chunk = chunk_of(visit, from, to, mode);
             let entry = (own.batch * call.chunks + chunk) * size;
             store_state::<S>(&state, states, entry, own.first_head, plan);
         }
-        advance::<E>(&x_tile, &b_tile, &weights, &decays, &mut state, plan);
+        advance::<E>(
+            &tiles.x,
+            &tiles.b,
+            0usize,
+            &tiles.weights,
+            &tiles.decays,
+            &mut state,
+            plan,
+        );
     }
     if comptime!(mode.ends) {
         store_state::<f32>(&state, last, entry, own.first_head, plan);
@@ -241,26 +198,72 @@ pub(super) fn weight_place(
     row * call.heads + own.first_head + head
 }
 
-/// What the weights of a unit's share of a chunk's tokens are made of, still as it lies in memory: computed
-/// with at once, it would have to be waited for.
+/// Shared memory of a walk for states.
 #[derive(CubeType)]
-struct Raw {
+struct WalkTiles<E: Float> {
+    /// `[chunk, channels]` and `[chunk, state]`.
+    x: Shared<[E]>,
+    b: Shared<[E]>,
+    /// `[heads, chunk]`.
+    weights: Shared<[f32]>,
+    /// Over the whole chunk, `[heads]`.
+    decays: Shared<[f32]>,
+}
+
+/// What of the next chunk is on its way, as it lies in memory: computed with at once, it would have to be waited
+/// for.
+#[derive(CubeType)]
+struct Next<E: Float, VX: Size, VN: Size> {
+    x: Array<Vector<E, VX>>,
+    b: Array<Vector<E, VN>>,
     step: Array<f32>,
+    /// Sums of the decays, to the token and over the whole chunk.
     sum: Array<f32>,
-    /// Over the whole chunk.
     end: Array<f32>,
 }
 
+/// Reads a unit's share of a chunk into registers.
 #[cube]
-fn fetch_weights(
+fn fetch_next<E: Float, VX: Size, VN: Size>(
+    x: &[E],
+    b: &[E],
     steps: &[f32],
     sums: &[f32],
     chunk: usize,
     own: &Share,
-    into: &mut Raw,
+    next: &mut Next<E, VX, VN>,
     call: &Call,
     #[comptime] plan: Plan,
 ) {
+    let units = comptime!(plan.walk_units());
+    let column = own.first_head * comptime!(plan.headdim);
+    let tile = comptime!(plan.tile_x());
+    fetch_chunk::<E, VX>(
+        x,
+        &call.x,
+        column,
+        chunk,
+        own,
+        &mut next.x,
+        call,
+        plan,
+        tile,
+        units,
+    );
+    let column = own.group * comptime!(plan.state);
+    let tile = comptime!(plan.tile_n());
+    fetch_chunk::<E, VN>(
+        b,
+        &call.b,
+        column,
+        chunk,
+        own,
+        &mut next.b,
+        call,
+        plan,
+        tile,
+        units,
+    );
     #[unroll]
     for share in 0..comptime!(weight_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
@@ -269,45 +272,60 @@ fn fetch_weights(
         let token = min(n / comptime!(plan.heads), last);
         let place = weight_place(token, head, chunk, own, call, plan);
         let end = weight_place(last, head, chunk, own, call, plan);
-        into.step[share] = steps[place];
-        into.sum[share] = sums[place];
-        into.end[share] = sums[end];
+        next.step[share] = steps[place];
+        next.sum[share] = sums[place];
+        next.end[share] = sums[end];
     }
 }
 
-/// Writes the weights, `[heads, chunk]`, and the decay over the chunk, by head.
+/// Writes what [`fetch_next`] read into shared memory; the weights and the decay over the chunk are found here.
 #[cube]
-fn put_weights(
-    values: &Raw,
-    weights: &mut Shared<[f32]>,
-    decays: &mut Shared<[f32]>,
+fn put_next<E: Float, VX: Size, VN: Size>(
+    next: &Next<E, VX, VN>,
+    tiles: &mut WalkTiles<E>,
     #[comptime] plan: Plan,
     #[comptime] mode: Direction,
 ) {
+    let units = comptime!(plan.walk_units());
+    put::<E, VX>(
+        &next.x,
+        &mut tiles.x,
+        0usize,
+        comptime!(plan.tile_x()),
+        units,
+    );
+    put::<E, VN>(
+        &next.b,
+        &mut tiles.b,
+        0usize,
+        comptime!(plan.tile_n()),
+        units,
+    );
     #[unroll]
     for share in 0..comptime!(weight_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
         let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
-        let (sum, end) = (values.sum[share], values.end[share]);
+        let (sum, end) = (next.sum[share], next.end[share]);
         if token < comptime!(plan.chunk) {
             let weight = if comptime!(mode.backwards) {
                 sum.exp()
             } else {
-                (end - sum).exp() * values.step[share]
+                (end - sum).exp() * next.step[share]
             };
-            weights[head * comptime!(plan.chunk) + token] = weight;
+            tiles.weights[head * comptime!(plan.chunk) + token] = weight;
         }
         if token == 0 {
-            decays[head] = end.exp();
+            tiles.decays[head] = end.exp();
         }
     }
 }
 
-/// `state <- decay state + (weights x)^T b`.
+/// `state <- decay state + (weights x)^T b`, of the chunk at row `first` of the tiles.
 #[cube]
 pub(super) fn advance<E: Float>(
     x_tile: &Shared<[E]>,
     b_tile: &Shared<[E]>,
+    first: usize,
     weights: &Shared<[f32]>,
     decays: &Shared<[f32]>,
     state: &mut Array<Pair<f32>>,
@@ -316,7 +334,8 @@ pub(super) fn advance<E: Float>(
     let part = part(plan);
     let row = part.row;
     let head = row / comptime!(plan.headdim_padded());
-    let decay = Pair::<f32>::new(decays[head]);
+    let decay = first / comptime!(plan.chunk) * comptime!(plan.heads) + head;
+    let decay = Pair::<f32>::new(decays[decay]);
     #[unroll]
     for n in 0..comptime!(2 * plan.state_columns() / NARROW) {
         state[n] *= decay;
@@ -325,8 +344,10 @@ pub(super) fn advance<E: Float>(
     #[unroll]
     for step in 0..comptime!(plan.chunk / SIDE) {
         let token = comptime!(step * SIDE);
-        let values = left_transposed::<E>(x_tile, row, token, comptime!(plan.stride_x()));
-        let at = (head * comptime!(plan.chunk) + token + own_column()) / 2;
+        let k = first + token;
+        let values = left_transposed::<E>(x_tile, row, k, comptime!(plan.stride_x()));
+        let at = first * comptime!(plan.heads) + head * comptime!(plan.chunk);
+        let at = (at + token + own_column()) / 2;
         let mut weighted = Array::<Pair<E>>::new(4usize);
         #[unroll]
         for n in 0..4usize {
@@ -336,7 +357,7 @@ pub(super) fn advance<E: Float>(
         #[unroll]
         for n in 0..comptime!(plan.state_columns() / SIDE) {
             let column = part.column + comptime!(n * SIDE);
-            let columns = right::<E>(b_tile, token, column, comptime!(plan.stride_n()));
+            let columns = right::<E>(b_tile, k, column, comptime!(plan.stride_n()));
             multiply::<E>(&weighted, &columns, state, comptime!(2 * n));
         }
     }

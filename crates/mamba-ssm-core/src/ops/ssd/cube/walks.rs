@@ -7,6 +7,7 @@ use cubecl::prelude::*;
 use super::forward_matrix::forward_matrix;
 use super::plan::Sizes;
 use super::ready::{Destinations, Ready, Scan};
+use super::scores_matrix::{scores_matrix, scores_size};
 use super::states::{Direction, pass, walk};
 use super::states_matrix::walk_matrix;
 use crate::ops::cube::place::Rows;
@@ -143,6 +144,30 @@ impl Ready {
         [states, last]
     }
 
+    /// `C B^T` of every chunk, or nothing where every cube finds its own.
+    fn scores(&self) -> CubeTensor {
+        if !self.plan.scores_given {
+            return self.nothing();
+        }
+        let Scan { x, b, c, .. } = &self.scan;
+        let cubes = self.sizes.batch * self.chunks() * self.sizes.groups;
+        let scores = empty_like(&x.tensor, [cubes * scores_size(self.plan)], DType::F32);
+        scores_matrix::launch(
+            &self.client(),
+            grid(cubes),
+            CubeDim::new_1d(self.plan.score_units() as u32),
+            self.addresses,
+            b.tensor.clone().into_buffer_arg(),
+            c.tensor.clone().into_buffer_arg(),
+            scores.clone().into_buffer_arg(),
+            self.own_call(cubes, false),
+            self.plan,
+            self.types[0],
+            self.plan.vector_n,
+        );
+        scores
+    }
+
     /// Outputs and states in one walk, with fragments.
     pub(super) fn forward_matrix(
         &self,
@@ -173,6 +198,7 @@ impl Ready {
             x.tensor.clone().into_buffer_arg(),
             b.tensor.clone().into_buffer_arg(),
             c.tensor.clone().into_buffer_arg(),
+            self.scores().into_buffer_arg(),
             self.d.clone().into_buffer_arg(),
             steps[0].clone().into_buffer_arg(),
             steps[1].clone().into_buffer_arg(),

@@ -13,6 +13,7 @@
 use cubecl::prelude::*;
 
 use super::forward::Place;
+use super::joint::{Joint, add_queries, leave, leave_nothing, new_joint};
 use super::tiles::{
     COLUMNS, Eight, MatrixPlan, Operand, PLANE, SIDE, Sum, accumulate, across, add_scores, along,
     as_left, clear, exponent, fetch, lifted, load_rows, powers, put, scores, write_rows, zeros,
@@ -53,6 +54,7 @@ pub(in super::super) fn backward_keys_matrix<E: Float>(
     dout: &[E],
     dk: &mut [E],
     dv: &mut [E],
+    dq: &[Atomic<f32>],
     call: &Call,
     #[comptime] plan: MatrixPlan,
     #[define(E)] _dtype: ElemType,
@@ -74,8 +76,9 @@ pub(in super::super) fn backward_keys_matrix<E: Float>(
     };
     let mut next_queries = Array::<Eight<E>>::new(comptime!(plan.shares()));
     let mut next_douts = Array::<Eight<E>>::new(comptime!(plan.shares()));
-    clear(&mut tiles.queries, plan);
-    clear(&mut tiles.douts, plan);
+    clear(&mut tiles.queries, comptime!(2 * plan.tile), plan);
+    clear(&mut tiles.douts, comptime!(2 * plan.tile), plan);
+    let mut joint = new_joint::<E>(k, k_rows, start_key, call, plan);
     let mut rows = read_rows::<E>(k, v, padding, kv_plane, first, call, plan);
 
     let tile = comptime!(plan.tile as u32);
@@ -106,7 +109,11 @@ pub(in super::super) fn backward_keys_matrix<E: Float>(
                 start,
                 token,
             };
-            choose::<E>(&mut rows, &tiles, &place, call, plan);
+            choose::<E>(&mut rows, &tiles, &mut joint, &place, call, plan);
+            if comptime!(plan.joint) {
+                sync_cube();
+                add_queries::<E>(&joint, dq, plane, start, call, plan);
+            }
             start += tile;
             token = comptime!(plan.tile) - token;
         }
@@ -182,6 +189,7 @@ fn put_numbers<E: Float>(
 fn choose<E: Float>(
     rows: &mut Rows<E>,
     tiles: &Tiles<E>,
+    joint: &mut Joint<E>,
     place: &Place,
     call: &Call,
     #[comptime] plan: MatrixPlan,
@@ -193,16 +201,22 @@ fn choose<E: Float>(
         end_key(last_query, call, mask) > place.first && first_key(place.start, call, mask) <= last;
     if sees {
         if comptime!(mask.padding) {
-            visit::<E>(rows, tiles, place, call, plan, true);
+            visit::<E>(rows, tiles, joint, place, call, plan, true);
         } else {
-            let clear = end_key(place.start, call, mask) > last
+            let mut clear = end_key(place.start, call, mask) > last
                 && first_key(last_query, call, mask) <= place.first;
+            if comptime!(plan.joint) {
+                // What lies past the last key is written nowhere, but must not add to the queries' gradients.
+                clear = clear && place.first + comptime!(plan.rows() as u32) <= call.lk;
+            }
             if clear {
-                visit::<E>(rows, tiles, place, call, plan, false);
+                visit::<E>(rows, tiles, joint, place, call, plan, false);
             } else {
-                visit::<E>(rows, tiles, place, call, plan, true);
+                visit::<E>(rows, tiles, joint, place, call, plan, true);
             }
         }
+    } else if comptime!(plan.joint) {
+        leave_nothing::<E>(joint, plan);
     }
 }
 
@@ -211,6 +225,7 @@ fn choose<E: Float>(
 fn visit<E: Float>(
     rows: &mut Rows<E>,
     tiles: &Tiles<E>,
+    joint: &mut Joint<E>,
     place: &Place,
     call: &Call,
     #[comptime] plan: MatrixPlan,
@@ -249,6 +264,9 @@ fn visit<E: Float>(
             let block = comptime!(2 * frag);
             weights.push(as_left::<E>(&p[block], &p[comptime!(block + 1)]));
             gradients.push(as_left::<E>(&dp[block], &dp[comptime!(block + 1)]));
+        }
+        if comptime!(plan.joint) {
+            leave::<E>(&gradients, joint, part, plan);
         }
         accumulate::<E>(&weights, &tiles.douts, along + offset, &mut rows.dv, plan);
         accumulate::<E>(

@@ -2,11 +2,13 @@
 //! precision, f32 sums.
 
 mod forward;
+mod joint;
 mod keys;
 mod queries;
 mod tiles;
 
 pub(super) use forward::forward_matrix;
+pub(super) use joint::{SHARERS, finish, prepare, sums};
 pub(super) use keys::backward_keys_matrix;
 pub(super) use queries::backward_queries_matrix;
 pub(super) use tiles::{MatrixPlan, VECTOR};

@@ -67,8 +67,8 @@ pub(in super::super) fn backward_queries_matrix<E: Float>(
     let mut hidden = Shared::<[f32]>::new_slice(comptime!(2 * plan.tile));
     let mut next_keys = Array::<Eight<E>>::new(comptime!(plan.shares()));
     let mut next_values = Array::<Eight<E>>::new(comptime!(plan.shares()));
-    clear(&mut keys, plan);
-    clear(&mut values, plan);
+    clear(&mut keys, comptime!(2 * plan.tile), plan);
+    clear(&mut values, comptime!(2 * plan.tile), plan);
     let mut rows = read_rows::<E>(q, out, lse, dout, delta, q_rows, first, call, plan);
 
     let tile = comptime!(plan.tile as u32);

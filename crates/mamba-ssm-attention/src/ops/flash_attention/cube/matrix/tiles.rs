@@ -40,6 +40,8 @@ pub(in super::super) struct MatrixPlan {
     pub(in super::super) tile: usize,
     /// Tokens of a tile that the forward pass meets at once: more take more registers.
     pub(in super::super) at_once: usize,
+    /// Whether the pass over keys finds the gradient of the queries as well.
+    pub(in super::super) joint: bool,
     /// Whether weights are rounded to more than the eight bits of bf16, and have to be better.
     pub(in super::super) fine: bool,
     pub(in super::super) mask: Mask,
@@ -58,6 +60,28 @@ impl MatrixPlan {
         }
     }
 
+    /// For a cube's own tokens as one tile.
+    pub(super) fn of_block(&self) -> Self {
+        Self {
+            tile: self.block(),
+            ..*self
+        }
+    }
+
+    /// Elements between two keys of `dS^T` in shared memory.
+    pub(super) fn ds_stride(&self) -> usize {
+        self.tile + PAD
+    }
+
+    /// Elements of shared memory for the cube's keys and for `dS^T`.
+    pub(super) fn joint_sizes(&self) -> (usize, usize) {
+        if self.joint {
+            (self.of_block().size(), self.block() * self.ds_stride())
+        } else {
+            (VECTOR, VECTOR)
+        }
+    }
+
     /// Tokens of a plane.
     pub(super) fn rows(&self) -> usize {
         self.frags * SIDE
@@ -69,7 +93,7 @@ impl MatrixPlan {
     }
 
     /// Blocks of [`SIDE`] features, the last perhaps half empty.
-    pub(super) fn steps(&self) -> usize {
+    pub(in super::super) fn steps(&self) -> usize {
         self.dim.div_ceil(SIDE)
     }
 
@@ -111,7 +135,8 @@ impl MatrixPlan {
     /// Bytes of shared memory for two operands, each with the tile at work and the next, and two numbers
     /// per token.
     pub(in super::super) fn shared_bytes(&self) -> usize {
-        4 * self.size() * 2 + 4 * self.tile * 4
+        let (keys, ds) = self.joint_sizes();
+        4 * self.size() * 2 + 4 * self.tile * 4 + 2 * (keys + ds)
     }
 }
 
@@ -157,13 +182,17 @@ pub(super) fn put<E: Float>(
     }
 }
 
-/// Zeroes what [`put`] leaves out of the last block of features, in both halves of a pair of tiles.
+/// Zeroes what [`put`] leaves out of the last block of features of so many tokens.
 #[cube]
-pub(super) fn clear<E: Float>(into: &mut Shared<[E]>, #[comptime] plan: MatrixPlan) {
+pub(super) fn clear<E: Float>(
+    into: &mut Shared<[E]>,
+    #[comptime] tokens: usize,
+    #[comptime] plan: MatrixPlan,
+) {
     if comptime!(!plan.dim.is_multiple_of(SIDE)) {
         let into = into.as_vectorized_mut().with_vector_size_mut::<Const<8>>();
         let mut token = UNIT_POS as usize;
-        while token < comptime!(2 * plan.tile) {
+        while token < tokens {
             into[token * comptime!(plan.stride() / VECTOR) + comptime!(plan.vectors())] =
                 Vector::new(E::from_int(0));
             token += comptime!(plan.units());

@@ -28,13 +28,14 @@ use crate::ops::cube::fragment::{
 };
 use crate::ops::cube::tile::{fetch, put};
 use pairs::through_pairs;
-use skip::store_dx;
+use skip::{store_dx, store_skipped};
 use state::{onto_state, through_state};
 use steps::{inner_of_states, store_steps};
-pub(super) use tiles::half_planes;
 use tiles::{
-    Half, Next, Share, Tiles, fetch_next, new_tiles, put_next, share, state_shares, step_shares,
+    Half, Next, Share, Tiles, fetch_both_states, fetch_tokens, first_slot, has_block, new_tiles,
+    put_both_states, put_tokens, share, spot_of, state_shares, step_shares, token_of_block,
 };
+pub(super) use tiles::{bytes, half_planes};
 
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn gradients_matrix<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
@@ -168,9 +169,13 @@ fn run_half<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
         before: Array::new(comptime!(step_shares(plan))),
         behind: Array::new(comptime!(step_shares(plan))),
     };
-    fetch_next::<E, S, VX, VN>(
-        x, dy, steps, sums, states, dstates, own.head, own, &mut next, call, plan,
-    );
+    let spot = spot_of(0usize, 0usize, plan);
+    fetch_tokens::<E, S, VX, VN>(x, dy, steps, sums, own.head, own, &mut next, call, plan);
+    fetch_both_states::<E, S, VX, VN>(states, dstates, own.head, own, &mut next, call, plan);
+    if comptime!(plan.two_tiles) {
+        put_tokens::<E, S, VX, VN>(&next, tiles, &spot, plan);
+        put_both_states::<E, S, VX, VN>(&next, tiles, &spot, plan);
+    }
     sync_cube();
     let scores = similarities::<E>(&*tiles, own, plan, half);
     let mut dscores = zero_sums(comptime!(plan.chunk / NARROW));
@@ -181,44 +186,57 @@ fn run_half<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
 
     for tile in 0..call.tiles {
         let head = own.head + tile * comptime!(plan.heads);
-        let first_slot = tile % 2 * comptime!(plan.heads);
-        sync_cube();
-        put_next::<E, S, VX, VN>(&next, tiles, first_slot, plan);
-        sync_cube();
-        inner_of_states::<E, VN>(tiles, first_slot, plan);
+        let more = tile + 1 < call.tiles;
+        let spot = spot_of(tile, 0usize, plan);
+        let behind = spot_of(tile + 1, 0usize, plan);
+        if comptime!(!plan.two_tiles) {
+            sync_cube();
+            put_tokens::<E, S, VX, VN>(&next, tiles, &spot, plan);
+            put_both_states::<E, S, VX, VN>(&next, tiles, &spot, plan);
+        }
+        if comptime!(!plan.two_tiles) || tile > 0 {
+            sync_cube();
+        }
+        inner_of_states::<E, VN>(tiles, &spot, plan);
         for inner in 0..heads {
-            let slot = first_slot + inner;
-            let mut u = through_state::<E>(tiles, own, inner, slot, plan, half);
-            through_pairs::<E>(
-                &scores,
-                &mut dscores,
-                tiles,
-                &mut u,
-                own,
-                inner,
-                slot,
-                plan,
-                half,
-            );
-            if comptime!(half == Half::Earlier) {
-                store_dx::<E>(&u, &*tiles, d, dx, dd, own, head, inner, slot, call, plan);
-            }
             // Where registers are free, and there is work left to wait behind.
-            if inner + 1 == heads && tile + 1 < call.tiles {
-                let head = head + comptime!(plan.heads);
-                fetch_next::<E, S, VX, VN>(
-                    x, dy, steps, sums, states, dstates, head, own, &mut next, call, plan,
+            let fetches = inner + 1 == heads && more;
+            let next_head = head + comptime!(plan.heads);
+            if comptime!(plan.two_tiles) && fetches {
+                fetch_tokens::<E, S, VX, VN>(
+                    x, dy, steps, sums, next_head, own, &mut next, call, plan,
                 );
             }
-            onto_state::<E>(&*tiles, &mut gradient, own, inner, slot, plan, half);
+            let spot = spot_of(tile, inner, plan);
+            let mut u = through_state::<E>(tiles, own, &spot, plan, half);
+            if comptime!(plan.two_tiles) && fetches {
+                put_tokens::<E, S, VX, VN>(&next, tiles, &behind, plan);
+            }
+            through_pairs::<E>(&scores, &mut dscores, tiles, &mut u, own, &spot, plan, half);
+            if comptime!(half == Half::Earlier) {
+                store_dx::<E>(&u, &*tiles, d, dx, own, head, &spot, call, plan);
+            } else if comptime!(plan.skip) {
+                store_skipped::<E>(&*tiles, dd, own, head, &spot, call, plan);
+            }
+            if fetches {
+                if comptime!(!plan.two_tiles) {
+                    fetch_tokens::<E, S, VX, VN>(
+                        x, dy, steps, sums, next_head, own, &mut next, call, plan,
+                    );
+                }
+                fetch_both_states::<E, S, VX, VN>(
+                    states, dstates, next_head, own, &mut next, call, plan,
+                );
+            }
+            onto_state::<E>(&*tiles, &mut gradient, own, &spot, plan, half);
+        }
+        if comptime!(plan.two_tiles) && more {
+            put_both_states::<E, S, VX, VN>(&next, tiles, &behind, plan);
         }
         if comptime!(half == Half::Later) {
             // Of the tile before: this one's terms are not all there yet.
             if tile > 0 {
-                let (head, slot) = (
-                    head - comptime!(plan.heads),
-                    comptime!(plan.heads) - first_slot,
-                );
+                let (head, slot) = (head - comptime!(plan.heads), first_slot(tile - 1, plan));
                 store_steps::<E>(&*tiles, a, head, slot, own, dsteps, decays, call, plan);
             }
         }
@@ -227,14 +245,14 @@ fn run_half<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
     if comptime!(half == Half::Later) {
         let tile = call.tiles - 1;
         let head = own.head + tile * comptime!(plan.heads);
-        let slot = tile % 2 * comptime!(plan.heads);
+        let slot = first_slot(tile, plan);
         store_steps::<E>(&*tiles, a, head, slot, own, dsteps, decays, call, plan);
     }
     through_scores::<E>(&dscores, &*tiles, &mut gradient, own, plan, half);
     store_rows::<O>(&gradient, out, first, row_length, own, plan);
 }
 
-/// `C[i].B[j]` of a plane's tokens with the other half's.
+/// `C[i].B[j]` of a plane's tokens with the other half's, by the distance of their blocks.
 #[cube]
 fn similarities<E: Float>(
     tiles: &Tiles<E>,
@@ -250,26 +268,16 @@ fn similarities<E: Float>(
         let k = comptime!(step * SIDE);
         let rows = left::<E>(&tiles.onto, first, k, stride);
         #[unroll]
-        for block in 0..comptime!(plan.chunk / SIDE) {
-            if has_pairs(own, block, half) {
-                let column = comptime!(half.other() * plan.chunk + block * SIDE).runtime();
+        for distance in 0..comptime!(plan.chunk / SIDE) {
+            if has_block(own, distance, plan, half) {
+                let column =
+                    comptime!(half.other() * plan.chunk) + token_of_block(own, distance, half);
                 let columns = right_transposed::<E>(&tiles.onto, k, column, stride);
-                multiply::<E>(&rows, &columns, &mut scores, comptime!(2 * block));
+                multiply::<E>(&rows, &columns, &mut scores, comptime!(2 * distance));
             }
         }
     }
     scores
-}
-
-/// Whether a plane's tokens have pairs in a block of the other half's.
-#[cube]
-fn has_pairs(own: &Share, #[comptime] block: usize, #[comptime] half: Half) -> bool {
-    let first = comptime!(block * SIDE);
-    if comptime!(half == Half::Earlier) {
-        first >= own.token
-    } else {
-        first <= own.token
-    }
 }
 
 /// The gradient of C (or B) through the scores: their gradient times the other half's B (or C).
@@ -283,15 +291,15 @@ fn through_scores<E: Float>(
     #[comptime] half: Half,
 ) {
     #[unroll]
-    for block in 0..comptime!(plan.chunk / SIDE) {
-        if has_pairs(own, block, half) {
+    for distance in 0..comptime!(plan.chunk / SIDE) {
+        if has_block(own, distance, plan, half) {
             let mut rows = Array::<Pair<E>>::new(4usize);
             #[unroll]
             for n in 0..4usize {
-                let at = comptime!(2 * (2 * block + n / 2) + n % 2);
+                let at = comptime!(2 * (2 * distance + n / 2) + n % 2);
                 rows[n] = Pair::<E>::cast_from(dscores[at]);
             }
-            let row = comptime!(half.other() * plan.chunk + block * SIDE).runtime();
+            let row = comptime!(half.other() * plan.chunk) + token_of_block(own, distance, half);
             let stride = comptime!(plan.stride_n());
             #[unroll]
             for n in 0..comptime!(plan.state_padded() / SIDE) {

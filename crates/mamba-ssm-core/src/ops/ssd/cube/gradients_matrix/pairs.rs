@@ -3,8 +3,9 @@
 
 use cubecl::prelude::*;
 
-use super::has_pairs;
-use super::tiles::{Half, Share, Tiles, half_planes, slots, sum_of_quad, term_place};
+use super::tiles::{
+    Half, Share, Spot, Tiles, has_block, slots, sum_of_quad, term_place, token_of_block,
+};
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
     NARROW, Pair, left, multiply, own_column, own_pair, own_row, right, right_transposed, zero_sums,
@@ -31,8 +32,7 @@ pub(super) fn through_pairs<E: Float>(
     tiles: &mut Tiles<E>,
     u: &mut Array<Pair<f32>>,
     own: &Share,
-    head: usize,
-    slot: usize,
+    spot: &Spot,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) {
@@ -49,23 +49,26 @@ pub(super) fn through_pairs<E: Float>(
     let padded = comptime!(plan.headdim_padded());
     let stride = comptime!(plan.stride_x());
     #[unroll]
-    for block in 0..comptime!(plan.chunk / SIDE) {
-        if has_pairs(own, block, half) {
-            let products = products::<E>(&*tiles, own, head, block, plan, half);
-            if comptime!(block * SIDE) == own.token {
+    for distance in 0..comptime!(plan.chunk / SIDE) {
+        if has_block(own, distance, plan, half) {
+            let products = products::<E>(&*tiles, own, spot, distance, plan, half);
+            if comptime!(distance == 0) {
                 own_block::<E>(
-                    scores, dscores, &products, &*tiles, &mut terms, own, slot, block, plan, half,
+                    scores, dscores, &products, &*tiles, &mut terms, own, spot, plan, half,
                 );
-            } else if comptime!(half.has_others(block, half_planes(plan))) {
+            } else {
                 other_block::<E>(
-                    scores, dscores, &products, &*tiles, &mut terms, own, slot, block, plan, half,
+                    scores, dscores, &products, &*tiles, &mut terms, own, spot, distance, plan,
+                    half,
                 );
             }
             if comptime!(half == Half::Earlier) {
-                let row = comptime!(half.other() * plan.chunk + block * SIDE).runtime();
+                let row = spot.tokens
+                    + comptime!(half.other() * plan.chunk)
+                    + token_of_block(own, distance, half);
                 #[unroll]
                 for n in 0..comptime!(padded / SIDE) {
-                    let column = head * padded + comptime!(n * SIDE);
+                    let column = spot.head * padded + comptime!(n * SIDE);
                     let columns = right::<E>(&tiles.tokens, row, column, stride);
                     multiply::<E>(&terms.back, &columns, u, comptime!(2 * n));
                 }
@@ -77,10 +80,10 @@ pub(super) fn through_pairs<E: Float>(
         let total = sum_of_quad(terms.sums[n]);
         let diagonal = sum_of_quad(terms.diagonal[n]);
         if own_column() == 0 {
-            tiles.pairs[term_place(own, slot, n, plan, half)] = total;
+            tiles.pairs[term_place(own, spot.slot, n, plan, half)] = total;
             if comptime!(half == Half::Earlier) {
                 let token = own.token + own_row() + comptime!(n * 8);
-                tiles.diagonal[slot * comptime!(plan.chunk) + token] = diagonal;
+                tiles.diagonal[spot.slot * comptime!(plan.chunk) + token] = diagonal;
             }
         }
     }
@@ -91,19 +94,20 @@ pub(super) fn through_pairs<E: Float>(
 fn products<E: Float>(
     tiles: &Tiles<E>,
     own: &Share,
-    head: usize,
-    #[comptime] block: usize,
+    spot: &Spot,
+    #[comptime] distance: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) -> Array<Pair<f32>> {
     let padded = comptime!(plan.headdim_padded());
     let stride = comptime!(plan.stride_x());
-    let first = comptime!(half.own() * plan.chunk) + own.token;
-    let row = comptime!(half.other() * plan.chunk + block * SIDE).runtime();
+    let first = spot.tokens + comptime!(half.own() * plan.chunk) + own.token;
+    let row =
+        spot.tokens + comptime!(half.other() * plan.chunk) + token_of_block(own, distance, half);
     let mut products = zero_sums(2usize);
     #[unroll]
     for step in 0..comptime!(padded / SIDE) {
-        let k = head * padded + comptime!(step * SIDE);
+        let k = spot.head * padded + comptime!(step * SIDE);
         let rows = left::<E>(&tiles.tokens, first, k, stride);
         let columns = right_transposed::<E>(&tiles.tokens, k, row, stride);
         multiply::<E>(&rows, &columns, &mut products, 0usize);
@@ -122,21 +126,19 @@ fn other_block<E: Float>(
     tiles: &Tiles<E>,
     terms: &mut Terms<E>,
     own: &Share,
-    slot: usize,
-    #[comptime] block: usize,
+    spot: &Spot,
+    #[comptime] distance: usize,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) {
     let earlier = comptime!(half == Half::Earlier);
-    let base = slot * comptime!(plan.chunk);
+    let base = spot.slot * comptime!(plan.chunk);
     let factors = tiles.factors.as_vectorized().with_vector_size::<Const<2>>();
+    let other = base + token_of_block(own, distance, half);
     // In pairs.
-    let others = slot * comptime!(plan.chunk / 2)
-        + own_pair()
-        + comptime!((half.own() * slots(plan) + block * SIDE) / 2);
+    let others = (other + comptime!(half.own() * slots(plan))) / 2 + own_pair();
     // The token before the block's first, where the block lies behind the own, or its last.
-    let edge = comptime!((block + usize::from(!earlier)) * SIDE - 1);
-    let edge = tiles.sum[base + edge];
+    let edge = tiles.sum[other + comptime!(if earlier { 0 } else { SIDE }) - 1];
     let token = base + own.token + own_row();
     #[unroll]
     for row in 0..2usize {
@@ -155,7 +157,7 @@ fn other_block<E: Float>(
         #[unroll]
         for side in 0..2usize {
             let factor = factors[others + comptime!(side * NARROW / 2)];
-            let at = comptime!(2 * (2 * block + side) + row);
+            let at = comptime!(2 * (2 * distance + side) + row);
             let product = products[comptime!(2 * side + row)];
             let weighted = scores[at] * (factor * decay);
             total = fma(weighted, product, total);
@@ -175,8 +177,7 @@ fn own_block<E: Float>(
     tiles: &Tiles<E>,
     terms: &mut Terms<E>,
     own: &Share,
-    slot: usize,
-    #[comptime] block: usize,
+    spot: &Spot,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) {
@@ -184,8 +185,8 @@ fn own_block<E: Float>(
     let sums = tiles.sum.as_vectorized().with_vector_size::<Const<2>>();
     let steps = tiles.step.as_vectorized().with_vector_size::<Const<2>>();
     // In pairs.
-    let others = slot * comptime!(plan.chunk / 2) + own_pair() + comptime!(block * SIDE / 2);
-    let token = slot * comptime!(plan.chunk) + own.token + own_row();
+    let others = (spot.slot * comptime!(plan.chunk) + own.token) / 2 + own_pair();
+    let token = spot.slot * comptime!(plan.chunk) + own.token + own_row();
     #[unroll]
     for n in 0..4usize {
         // Left, below, right, below right: two of them hold pairs of both kinds, one of the others none.
@@ -196,7 +197,7 @@ fn own_block<E: Float>(
             let own_sum = tiles.sum[token + comptime!(row * 8)];
             let other_sums = sums[others + comptime!(side * NARROW / 2)];
             let other_steps = steps[others + comptime!(side * NARROW / 2)];
-            let at = comptime!(2 * (2 * block + side) + row);
+            let at = comptime!(2 * side + row);
             let product = products[comptime!(2 * side + row)];
             let mut weights = Pair::<f32>::new(0.0f32);
             #[unroll]

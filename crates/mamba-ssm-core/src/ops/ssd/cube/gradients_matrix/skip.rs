@@ -2,34 +2,31 @@
 
 use cubecl::prelude::*;
 
-use super::tiles::{Share, Tiles, half_planes};
+use super::tiles::{Share, Spot, Tiles, half_planes};
 use crate::ops::cube::fragment::{NARROW, Pair, own_column, own_pair, own_row};
+use crate::ops::ssd::cube::outputs_matrix::{Placed, store};
 use crate::ops::ssd::cube::plan::{Call, Plan};
 
 /// Rows that share a pair of columns.
 const ROWS: usize = 8;
 
-/// `dx = dt u + D dy` of a plane's tokens, and the sum of `dy x` over them.
+/// `dx = dt u + D dy` of a plane's tokens.
 #[cube]
 pub(super) fn store_dx<E: Float>(
     u: &Array<Pair<f32>>,
     tiles: &Tiles<E>,
     d: &[f32],
     dx: &mut [E],
-    dd: &mut [f32],
     own: &Share,
     first_head: usize,
-    head: usize,
-    slot: usize,
+    spot: &Spot,
     call: &Call,
     #[comptime] plan: Plan,
 ) {
-    let padded = comptime!(plan.headdim_padded());
-    let count = comptime!(padded / NARROW);
-    let dx = dx.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
-    let channel = (first_head + head) * comptime!(plan.headdim) + own_column();
+    let count = comptime!(plan.headdim_padded() / NARROW);
+    let channel = (first_head + spot.head) * comptime!(plan.headdim);
     let token = own.token + own_row();
-    let at = slot * comptime!(plan.chunk) + token;
+    let at = spot.slot * comptime!(plan.chunk) + token;
     let steps = (tiles.step[at], tiles.step[at + ROWS]);
     let mut values = Array::<Pair<f32>>::new(comptime!(2 * count));
     #[unroll]
@@ -38,70 +35,87 @@ pub(super) fn store_dx<E: Float>(
         values[comptime!(2 * n + 1)] = u[comptime!(2 * n + 1)] * Pair::new(steps.1);
     }
     if comptime!(plan.skip) {
-        let mut skipped = Array::<Pair<f32>>::new(count);
-        add_skip::<E>(
-            &mut values,
-            &mut skipped,
-            tiles,
-            d,
-            token,
-            channel,
-            head,
-            plan,
-        );
-        let part = (own.batch * call.chunks + own.chunk) * comptime!(half_planes(plan));
-        let row = (part + own.token / comptime!(2 * ROWS)) * call.heads * comptime!(plan.headdim);
-        store_sums(&mut skipped, dd, row + channel, plan);
+        add_skip::<E>(&mut values, tiles, d, token, channel, spot, plan);
     }
-    let to = call.out.offset + (own.base + token) * call.out.row + channel;
-    #[unroll]
-    for half in 0..2usize {
-        if token + comptime!(half * ROWS) < own.rows {
-            let to = (to + comptime!(half * ROWS) * call.out.row) / 2;
-            #[unroll]
-            for n in 0..count {
-                if comptime!(n * NARROW) + own_column() < comptime!(plan.headdim) {
-                    dx[to + comptime!(n * NARROW / 2)] =
-                        Pair::<E>::cast_from(values[comptime!(2 * n + half)]);
-                }
-            }
-        }
-    }
+    let place = Placed {
+        to: call.out.offset + own.base * call.out.row + channel,
+        row: call.out.row,
+        rows: own.rows,
+        token: own.token,
+        channel: 0usize.runtime(),
+    };
+    store::<E>(&values, dx, &place, comptime!(plan.headdim_padded()), plan);
 }
 
-/// Adds `D dy`, and finds `dy x` of a unit's two tokens together.
+/// Where a unit's first pair of a token's channels of a head lies in a tile, in pairs.
+#[cube]
+fn pair_place(token: usize, spot: &Spot, #[comptime] plan: Plan) -> usize {
+    (spot.tokens + token) * comptime!(plan.stride_x() / 2)
+        + spot.head * comptime!(plan.headdim_padded() / 2)
+        + own_pair()
+}
+
+/// Adds `D dy`.
 #[cube]
 fn add_skip<E: Float>(
     values: &mut Array<Pair<f32>>,
-    skipped: &mut Array<Pair<f32>>,
     tiles: &Tiles<E>,
     d: &[f32],
     token: usize,
     channel: usize,
-    head: usize,
+    spot: &Spot,
     #[comptime] plan: Plan,
 ) {
     let d = d.as_vectorized().with_vector_size::<Const<2>>();
     let tokens = tiles.tokens.as_vectorized().with_vector_size::<Const<2>>();
-    // In pairs.
-    let row = comptime!(plan.stride_x() / 2);
-    let from = token * row + head * comptime!(plan.headdim_padded() / 2) + own_pair();
+    let from = pair_place(token, spot, plan);
     #[unroll]
     for n in 0..comptime!(plan.headdim_padded() / NARROW) {
         let exists = comptime!(n * NARROW) + own_column() < comptime!(plan.headdim);
-        let place = channel / 2 + comptime!(n * NARROW / 2);
+        let place = channel / 2 + own_pair() + comptime!(n * NARROW / 2);
         let weight = d[select(exists, place, 0usize)];
+        #[unroll]
+        for half in 0..2usize {
+            let at = from + comptime!((half * ROWS * plan.stride_x() + n * NARROW) / 2);
+            let dy = Pair::<f32>::cast_from(tokens[at]);
+            values[comptime!(2 * n + half)] = fma(dy, weight, values[comptime!(2 * n + half)]);
+        }
+    }
+}
+
+/// The gradient of D from a plane's tokens: the sum of `dy x` over them. (Planes of later tokens have the time:
+/// those of earlier ones have dx to find.)
+#[cube]
+pub(super) fn store_skipped<E: Float>(
+    tiles: &Tiles<E>,
+    dd: &mut [f32],
+    own: &Share,
+    first_head: usize,
+    spot: &Spot,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let count = comptime!(plan.headdim_padded() / NARROW);
+    let tokens = tiles.tokens.as_vectorized().with_vector_size::<Const<2>>();
+    let from = pair_place(own.token + own_row(), spot, plan);
+    let mut skipped = Array::<Pair<f32>>::new(count);
+    #[unroll]
+    for n in 0..count {
         let mut sum = Pair::<f32>::new(0.0f32);
         #[unroll]
         for half in 0..2usize {
-            let at = from + comptime!(half * ROWS * row + n * NARROW / 2);
+            let at = from + comptime!((half * ROWS * plan.stride_x() + n * NARROW) / 2);
             let dy = Pair::<f32>::cast_from(tokens[at]);
-            let x = Pair::<f32>::cast_from(tokens[at + comptime!(plan.chunk * row)]);
+            let x =
+                Pair::<f32>::cast_from(tokens[at + comptime!(plan.chunk * plan.stride_x() / 2)]);
             sum = fma(x, dy, sum);
-            values[comptime!(2 * n + half)] = fma(dy, weight, values[comptime!(2 * n + half)]);
         }
         skipped[n] = sum;
     }
+    let part = (own.batch * call.chunks + own.chunk) * comptime!(half_planes(plan));
+    let row = (part + own.token / comptime!(2 * ROWS)) * call.heads * comptime!(plan.headdim);
+    let channel = (first_head + spot.head) * comptime!(plan.headdim) + own_column();
+    store_sums(&mut skipped, dd, row + channel, plan);
 }
 
 /// Pairs that are left of `count` after some of the steps of [`store_sums`].

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::tiles::{Half, Share, Tiles, sum_of_quad, term_place};
+use super::tiles::{Half, Share, Spot, Tiles, sum_of_quad, term_place};
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
     NARROW, Pair, left, multiply, own_column, own_pair, own_row, right, right_transposed, zero_sums,
@@ -14,11 +14,11 @@ use crate::ops::ssd::cube::plan::Plan;
 fn own_decays<E: Float>(
     tiles: &Tiles<E>,
     own: &Share,
-    slot: usize,
+    spot: &Spot,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) -> Array<f32> {
-    let base = slot * comptime!(plan.chunk);
+    let base = spot.slot * comptime!(plan.chunk);
     let token = base + own.token + own_row();
     let mut decays = Array::<f32>::new(2usize);
     #[unroll]
@@ -37,8 +37,7 @@ fn own_decays<E: Float>(
 pub(super) fn through_state<E: Float>(
     tiles: &mut Tiles<E>,
     own: &Share,
-    head: usize,
-    slot: usize,
+    spot: &Spot,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) -> Array<Pair<f32>> {
@@ -52,16 +51,18 @@ pub(super) fn through_state<E: Float>(
         let rows = left::<E>(&tiles.onto, first, k, stride);
         #[unroll]
         for block in 0..comptime!(padded / SIDE) {
-            let behind = comptime!(half.own() * plan.channels() + block * SIDE);
-            let columns = right_transposed::<E>(&tiles.states, k, head * padded + behind, stride);
+            let behind = spot.states + comptime!(half.own() * plan.channels() + block * SIDE);
+            let columns =
+                right_transposed::<E>(&tiles.states, k, spot.head * padded + behind, stride);
             multiply::<E>(&rows, &columns, &mut out, comptime!(2 * block));
         }
     }
-    let decays = own_decays::<E>(&*tiles, own, slot, plan, half);
+    let decays = own_decays::<E>(&*tiles, own, spot, plan, half);
     let tokens = tiles.tokens.as_vectorized().with_vector_size::<Const<2>>();
     // In pairs.
     let row = comptime!(plan.stride_x() / 2);
-    let from = (first + own_row()) * row + head * comptime!(padded / 2) + own_pair();
+    let from =
+        (spot.tokens + first + own_row()) * row + spot.head * comptime!(padded / 2) + own_pair();
     #[unroll]
     for n in 0..2usize {
         let mut inner = Pair::<f32>::new(0.0f32);
@@ -74,7 +75,7 @@ pub(super) fn through_state<E: Float>(
         }
         let total = sum_of_quad(inner.extract(0usize) + inner.extract(1usize));
         if own_column() == 0 {
-            tiles.through[term_place(own, slot, n, plan, half)] = total;
+            tiles.through[term_place(own, spot.slot, n, plan, half)] = total;
         }
     }
     out
@@ -86,16 +87,15 @@ pub(super) fn onto_state<E: Float>(
     tiles: &Tiles<E>,
     gradient: &mut Array<Pair<f32>>,
     own: &Share,
-    head: usize,
-    slot: usize,
+    spot: &Spot,
     #[comptime] plan: Plan,
     #[comptime] half: Half,
 ) {
     let padded = comptime!(plan.headdim_padded());
     let first = comptime!(half.own() * plan.chunk) + own.token;
-    let mut weights = own_decays::<E>(tiles, own, slot, plan, half);
+    let mut weights = own_decays::<E>(tiles, own, spot, plan, half);
     if comptime!(half == Half::Earlier) {
-        let token = slot * comptime!(plan.chunk) + own.token + own_row();
+        let token = spot.slot * comptime!(plan.chunk) + own.token + own_row();
         #[unroll]
         for n in 0..2usize {
             weights[n] = weights[n] * tiles.step[token + comptime!(n * 8)];
@@ -103,15 +103,22 @@ pub(super) fn onto_state<E: Float>(
     }
     #[unroll]
     for step in 0..comptime!(padded / SIDE) {
-        let k = head * padded + comptime!(step * SIDE);
-        let values = left::<E>(&tiles.tokens, first, k, comptime!(plan.stride_x()));
+        let k = spot.head * padded + comptime!(step * SIDE);
+        let values = left::<E>(
+            &tiles.tokens,
+            spot.tokens + first,
+            k,
+            comptime!(plan.stride_x()),
+        );
         let mut weighted = Array::<Pair<E>>::new(4usize);
         #[unroll]
         for n in 0..4usize {
             let weight = Pair::<f32>::new(weights[comptime!(n % 2)]);
             weighted[n] = Pair::<E>::cast_from(Pair::<f32>::cast_from(values[n]) * weight);
         }
-        let row = head * padded + comptime!(half.own() * plan.channels() + step * SIDE);
+        let row = spot.states
+            + spot.head * padded
+            + comptime!(half.own() * plan.channels() + step * SIDE);
         let stride = comptime!(plan.stride_n());
         #[unroll]
         for n in 0..comptime!(plan.state_padded() / SIDE) {

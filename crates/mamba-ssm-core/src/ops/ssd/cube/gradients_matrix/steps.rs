@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::tiles::{Share, Tiles, half_planes, kept_parts, slots, tokens_per_lane};
+use super::tiles::{Share, Spot, Tiles, half_planes, kept_parts, slots, tokens_per_lane};
 use crate::ops::cube::fragment::LANES;
 use crate::ops::ssd::cube::plan::{Call, Plan};
 
@@ -10,7 +10,7 @@ use crate::ops::ssd::cube::plan::{Call, Plan};
 #[cube]
 pub(super) fn inner_of_states<E: Float, V: Size>(
     tiles: &mut Tiles<E>,
-    first_slot: usize,
+    spot: &Spot,
     #[comptime] plan: Plan,
 ) {
     let count = comptime!(kept_parts(plan));
@@ -23,6 +23,7 @@ pub(super) fn inner_of_states<E: Float, V: Size>(
         let mut place = n % count;
         while place < comptime!(plan.headdim_padded() * plan.state_padded() / plan.vector_n) {
             let row = n / count * comptime!(plan.headdim_padded()) + place / vectors;
+            let row = spot.states + row;
             let at = row * comptime!(plan.stride_n() / plan.vector_n) + place % vectors;
             let (h, g) = (
                 Vector::<f32, V>::cast_from(states[at]),
@@ -36,7 +37,7 @@ pub(super) fn inner_of_states<E: Float, V: Size>(
         for lane in 0..comptime!(plan.vector_n) {
             total += sum.extract(lane);
         }
-        tiles.kept[first_slot * count + n] = total;
+        tiles.kept[spot.slot * count + n] = total;
         n += comptime!(plan.gradient_units());
     }
 }

@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{LANES, own_row};
 use crate::ops::cube::tile::{fetch, put};
-use crate::ops::ssd::cube::plan::{Call, Plan};
+use crate::ops::ssd::cube::plan::{ALIGNMENT, CUBE_BYTES, Call, Plan};
 use crate::ops::ssd::cube::steps::{bounded, last_of_block};
 
 /// Planes of a half; also the parts in which the gradient of D is summed over a chunk.
@@ -44,20 +44,46 @@ impl Half {
     pub(super) fn other(self) -> usize {
         1 - self as usize
     }
-
-    /// Whether tokens of a block, one of `blocks`, have pairs with those of other blocks.
-    pub(super) fn has_others(self, block: usize, blocks: usize) -> bool {
-        match self {
-            Half::Later => block + 1 < blocks,
-            Half::Earlier => block > 0,
-        }
-    }
 }
 
-/// Numbers of a half's tokens: of every head of two tiles, so that the steps of one tile can be found while the
-/// next is at work.
+/// Tiles whose tokens' numbers are in shared memory: those of one are found while the next is at work and the one
+/// behind that comes in.
+const SLOT_TILES: usize = 3;
+
+/// Numbers of a half's tokens: of every head of so many tiles.
 pub(super) fn slots(plan: Plan) -> usize {
-    2 * plan.heads * plan.chunk
+    SLOT_TILES * plan.heads * plan.chunk
+}
+
+/// The slot of the first head of a tile.
+#[cube]
+pub(super) fn first_slot(tile: usize, #[comptime] plan: Plan) -> usize {
+    tile % comptime!(SLOT_TILES) * comptime!(plan.heads)
+}
+
+/// Which head of a tile is at work, and where what belongs to it lies.
+#[derive(CubeType, Clone, Copy)]
+pub(super) struct Spot {
+    pub(super) head: usize,
+    pub(super) slot: usize,
+    /// The first rows of the tile's tokens and states.
+    pub(super) tokens: usize,
+    pub(super) states: usize,
+}
+
+/// The spot of a tile's head.
+#[cube]
+pub(super) fn spot_of(tile: usize, head: usize, #[comptime] plan: Plan) -> Spot {
+    let mut turn = 0usize;
+    if comptime!(plan.two_tiles) {
+        turn = tile % 2;
+    }
+    Spot {
+        head,
+        slot: first_slot(tile, plan) + head,
+        tokens: turn * comptime!(2 * plan.chunk),
+        states: turn * comptime!(2 * plan.channels()),
+    }
 }
 
 /// Where the terms of a unit's first or second token lie in `[2, slots, chunk]`.
@@ -71,6 +97,36 @@ pub(super) fn term_place(
 ) -> usize {
     let before = comptime!(half.own() * slots(plan) + second * 8);
     slot * comptime!(plan.chunk) + own.token + own_row() + before
+}
+
+/// Whether there is a block of the other half's tokens so many blocks from a plane's own.
+#[cube]
+pub(super) fn has_block(
+    own: &Share,
+    #[comptime] distance: usize,
+    #[comptime] plan: Plan,
+    #[comptime] half: Half,
+) -> bool {
+    let reach = comptime!(distance * SIDE);
+    if comptime!(half == Half::Earlier) {
+        own.token + reach < comptime!(plan.chunk)
+    } else {
+        own.token >= reach
+    }
+}
+
+/// Its first token in the chunk.
+#[cube]
+pub(super) fn token_of_block(
+    own: &Share,
+    #[comptime] distance: usize,
+    #[comptime] half: Half,
+) -> usize {
+    if comptime!(half == Half::Earlier) {
+        own.token + comptime!(distance * SIDE)
+    } else {
+        own.token - comptime!(distance * SIDE)
+    }
 }
 
 /// The sum over the four units that share a row.
@@ -118,13 +174,13 @@ pub(super) fn share(call: &Call, #[comptime] plan: Plan) -> Share {
 /// Shared memory. Of two halves, the first is that of the later tokens.
 #[derive(CubeType)]
 pub(super) struct Tiles<E: Float> {
-    /// dy, then x: `[2 chunk, channels]`.
+    /// dy, then x: `[2 chunk, channels]`; behind them those of the next tile, where there is room. So with the states.
     pub(super) tokens: Shared<[E]>,
     /// C, then B: `[2 chunk, state]`.
     pub(super) onto: Shared<[E]>,
     /// h, then g: `[2 channels, state]`.
     pub(super) states: Shared<[E]>,
-    /// Here and below there is a slot for every head of two tiles: `[slots, chunk]` each.
+    /// Here and below there is a slot for every head of three tiles: `[slots, chunk]` each.
     pub(super) step: Shared<[f32]>,
     pub(super) sum: Shared<[f32]>,
     /// `[2, slots, chunk]`: from a token to the last of its block of 16, times its step; and from the token
@@ -141,14 +197,24 @@ pub(super) struct Tiles<E: Float> {
     pub(super) kept: Shared<[f32]>,
 }
 
+/// Bytes of shared memory of [`Tiles`] of 16 bits.
+pub(in super::super) fn bytes(plan: Plan) -> usize {
+    let turns = 1 + usize::from(plan.two_tiles);
+    let tokens = turns * 2 * plan.tile_x().size();
+    let states = turns * 2 * plan.channels() * plan.stride_n();
+    let numbers = 9 * slots(plan) + SLOT_TILES * plan.heads * kept_parts(plan);
+    2 * (tokens + 2 * plan.tile_n().size() + states) + 4 * numbers + CUBE_BYTES + ALIGNMENT
+}
+
 #[cube]
 pub(super) fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
     let size = comptime!(slots(plan));
+    let turns = comptime!(1 + usize::from(plan.two_tiles));
     Tiles::<E> {
-        tokens: Shared::new_aligned_slice(comptime!(2 * plan.tile_x().size()), 128usize),
+        tokens: Shared::new_aligned_slice(comptime!(turns * 2 * plan.tile_x().size()), 128usize),
         onto: Shared::new_aligned_slice(comptime!(2 * plan.tile_n().size()), 128usize),
         states: Shared::new_aligned_slice(
-            comptime!(2 * plan.channels() * plan.stride_n()),
+            comptime!(turns * 2 * plan.channels() * plan.stride_n()),
             128usize,
         ),
         step: Shared::new_aligned_slice(size, 16usize),
@@ -157,7 +223,10 @@ pub(super) fn new_tiles<E: Float>(#[comptime] plan: Plan) -> Tiles<E> {
         pairs: Shared::new_aligned_slice(comptime!(2 * slots(plan)), 16usize),
         through: Shared::new_aligned_slice(comptime!(2 * slots(plan)), 16usize),
         diagonal: Shared::new_aligned_slice(size, 16usize),
-        kept: Shared::new_aligned_slice(comptime!(2 * plan.heads * kept_parts(plan)), 16usize),
+        kept: Shared::new_aligned_slice(
+            comptime!(SLOT_TILES * plan.heads * kept_parts(plan)),
+            16usize,
+        ),
     }
 }
 
@@ -246,15 +315,13 @@ fn put_states<S: Float, E: Float, V: Size>(
     }
 }
 
-/// Reads a unit's share of a tile's operands into registers.
+/// Reads a unit's share of a tile's tokens and their steps into registers.
 #[cube]
-pub(super) fn fetch_next<E: Float, S: Float, VX: Size, VN: Size>(
+pub(super) fn fetch_tokens<E: Float, S: Float, VX: Size, VN: Size>(
     x: &[E],
     dy: &[E],
     steps: &[f32],
     sums: &[f32],
-    states: &[S],
-    dstates: &[S],
     head: usize,
     own: &Share,
     next: &mut Next<E, S, VX, VN>,
@@ -269,26 +336,6 @@ pub(super) fn fetch_next<E: Float, S: Float, VX: Size, VN: Size>(
     fetch::<E, VX>(x, from_x, call.x.row, own.rows, &mut next.x, tile_x, units);
     let from_dy = own.base * width + channel;
     fetch::<E, VX>(dy, from_dy, width, own.rows, &mut next.dy, tile_x, units);
-    fetch_states::<S, VN>(
-        states,
-        own.batch,
-        own.chunk,
-        head,
-        &mut next.h,
-        call,
-        plan,
-        units,
-    );
-    fetch_states::<S, VN>(
-        dstates,
-        own.batch,
-        own.chunk,
-        head,
-        &mut next.g,
-        call,
-        plan,
-        units,
-    );
     let base = (own.batch * call.chunks + own.chunk) * comptime!(plan.chunk);
     #[unroll]
     for share in 0..comptime!(step_shares(plan)) {
@@ -307,28 +354,43 @@ pub(super) fn fetch_next<E: Float, S: Float, VX: Size, VN: Size>(
     }
 }
 
-/// Writes what [`fetch_next`] read into shared memory.
+/// Reads a unit's share of a tile's states.
 #[cube]
-pub(super) fn put_next<E: Float, S: Float, VX: Size, VN: Size>(
+pub(super) fn fetch_both_states<E: Float, S: Float, VX: Size, VN: Size>(
+    states: &[S],
+    dstates: &[S],
+    head: usize,
+    own: &Share,
+    next: &mut Next<E, S, VX, VN>,
+    call: &Call,
+    #[comptime] plan: Plan,
+) {
+    let units = comptime!(plan.gradient_units());
+    let (batch, chunk) = (own.batch, own.chunk);
+    fetch_states::<S, VN>(states, batch, chunk, head, &mut next.h, call, plan, units);
+    fetch_states::<S, VN>(dstates, batch, chunk, head, &mut next.g, call, plan, units);
+}
+
+/// Writes what [`fetch_tokens`] read into shared memory.
+#[cube]
+pub(super) fn put_tokens<E: Float, S: Float, VX: Size, VN: Size>(
     next: &Next<E, S, VX, VN>,
     tiles: &mut Tiles<E>,
-    first_slot: usize,
+    to: &Spot,
     #[comptime] plan: Plan,
 ) {
     let units = comptime!(plan.gradient_units());
     let tile_x = comptime!(plan.tile_x());
-    put::<E, VX>(&next.dy, &mut tiles.tokens, 0usize, tile_x, units);
-    let behind = comptime!(plan.tile_x().size()).runtime();
+    let at = to.tokens * comptime!(tile_x.stride);
+    put::<E, VX>(&next.dy, &mut tiles.tokens, at, tile_x, units);
+    let behind = at + comptime!(plan.tile_x().size());
     put::<E, VX>(&next.x, &mut tiles.tokens, behind, tile_x, units);
-    put_states::<S, E, VN>(&next.h, &mut tiles.states, 0usize, plan, units);
-    let behind = comptime!(plan.channels() * plan.stride_n()).runtime();
-    put_states::<S, E, VN>(&next.g, &mut tiles.states, behind, plan, units);
     #[unroll]
     for share in 0..comptime!(step_shares(plan)) {
         let n = UNIT_POS as usize + comptime!(share * plan.gradient_units());
         let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
         if token < comptime!(plan.chunk) {
-            let at = (first_slot + head) * comptime!(plan.chunk) + token;
+            let at = (to.slot + head) * comptime!(plan.chunk) + token;
             let (step, sum) = (next.step[share], next.sum[share]);
             tiles.step[at] = step;
             tiles.sum[at] = sum;
@@ -336,4 +398,19 @@ pub(super) fn put_next<E: Float, S: Float, VX: Size, VN: Size>(
             tiles.factors[comptime!(slots(plan)) + at] = bounded(sum - next.before[share]);
         }
     }
+}
+
+/// Writes what [`fetch_both_states`] read.
+#[cube]
+pub(super) fn put_both_states<E: Float, S: Float, VX: Size, VN: Size>(
+    next: &Next<E, S, VX, VN>,
+    tiles: &mut Tiles<E>,
+    to: &Spot,
+    #[comptime] plan: Plan,
+) {
+    let units = comptime!(plan.gradient_units());
+    let at = to.states * comptime!(plan.stride_n());
+    put_states::<S, E, VN>(&next.h, &mut tiles.states, at, plan, units);
+    let behind = at + comptime!(plan.channels() * plan.stride_n());
+    put_states::<S, E, VN>(&next.g, &mut tiles.states, behind, plan, units);
 }
