@@ -48,13 +48,14 @@ fn lengths() -> impl Iterator<Item = usize> {
 
 /// The quickest of the first calls, which compile and tune, and in which fusion looks for what to fuse.
 fn warm_up(once: impl Fn() -> f64) -> f64 {
-    let (mut quickest, mut spent) = (f64::INFINITY, 0.0);
-    for n in 0..20 {
-        let time = once();
-        (quickest, spent) = (quickest.min(time), spent + time);
-        if n > 0 && spent > 1.0 {
+    let mut quickest = once().min(once());
+    let mut spent = 0.0;
+    for _ in 0..40 {
+        if spent > 1.0 {
             break;
         }
+        let time = once();
+        (quickest, spent) = (quickest.min(time), spent + time);
     }
     quickest
 }
