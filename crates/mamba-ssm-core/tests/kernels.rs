@@ -315,6 +315,22 @@ fn ssd_of_odd_sizes() {
     });
 }
 
+/// Heads as wide as cubes are, with the largest state: on matrix units a cube has one of them, and the kernels take
+/// turns with shared memory, over several segments of chunks; twice as wide, they have no room to.
+#[test]
+fn ssd_of_wide_heads() {
+    for (length, headdim) in [(700, 64), (200, 128)] {
+        check_everywhere(Shape {
+            batch: 1,
+            length,
+            heads: 2,
+            headdim,
+            groups: 1,
+            state: 128,
+        });
+    }
+}
+
 #[test]
 fn ssd_without_what_it_may_lack() {
     let shape = Shape {

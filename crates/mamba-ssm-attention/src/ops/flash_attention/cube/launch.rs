@@ -12,7 +12,7 @@ use super::common::{CallLaunch, Plan};
 use super::forward::forward as forward_kernel;
 use super::matrix::{
     MatrixPlan, SHARERS, backward_keys_matrix, backward_queries_matrix, finish, forward_matrix,
-    prepare, sums,
+    prepare, sums_of_head,
 };
 use super::plan::Kernels;
 use crate::ops::flash_attention::{Spec, dropout};
@@ -171,7 +171,7 @@ fn joint(
     let delta = empty_like(q, lse.meta.shape.clone(), DType::F32);
     let dq = empty_like(q, q.meta.shape.clone(), q.dtype);
     let heads = sizes.batch * sizes.heads;
-    let sums = empty_like(q, [heads * sums(sizes.lq, plan)], DType::F32);
+    let sums = empty_like(q, [heads * sums_of_head(sizes.lq, plan)], DType::F32);
     let addresses = address_type(&[q, &tensors[1], &sums]);
     let cubes = |units: usize| grid(units.div_ceil(UNITS));
     let dim = CubeDim::new_1d(UNITS as u32);

@@ -35,14 +35,9 @@ pub(super) struct Joint<E: Float> {
 }
 
 /// Numbers of the sums of a head's `lq` queries.
-pub(in super::super) fn sums(lq: usize, plan: MatrixPlan) -> usize {
-    lq.div_ceil(SIDE) * plan.steps() * SLOTS * PLANE
-}
-
-/// [`sums`].
 #[cube]
-fn sums_of_head(call: &Call, #[comptime] plan: MatrixPlan) -> usize {
-    (call.lq as usize).div_ceil(SIDE) * comptime!(plan.steps() * SLOTS * PLANE)
+pub(in super::super) fn sums_of_head(lq: usize, #[comptime] plan: MatrixPlan) -> usize {
+    lq.div_ceil(SIDE) * comptime!(plan.steps() * SLOTS * PLANE)
 }
 
 /// Brings a cube's keys in (where they are wanted), from `start` on; past the last, that one again (`dS` is zero there).
@@ -147,7 +142,7 @@ pub(super) fn add_queries<E: Float>(
                 fragment::multiply::<E>(&left, &right, &mut sums, 0usize);
             }
             let block = (start as usize + query) / SIDE * comptime!(plan.steps()) + step;
-            let to = head as usize * sums_of_head(call, plan)
+            let to = head as usize * sums_of_head(call.lq as usize, plan)
                 + block * comptime!(SLOTS * PLANE)
                 + UNIT_POS_PLANE as usize;
             // The last block of features may be half empty.

@@ -8,7 +8,7 @@ mod queries;
 mod tiles;
 
 pub(super) use forward::forward_matrix;
-pub(super) use joint::{SHARERS, finish, prepare, sums};
+pub(super) use joint::{SHARERS, finish, prepare, sums_of_head};
 pub(super) use keys::backward_keys_matrix;
 pub(super) use queries::backward_queries_matrix;
 pub(super) use tiles::{MatrixPlan, VECTOR};
