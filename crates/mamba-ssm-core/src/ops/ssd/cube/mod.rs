@@ -4,7 +4,8 @@
 //! `outputs` computes every chunk from the state before it; `gradients` is the backward pass over chunks,
 //! with `states` walked backwards. On devices that multiply fragments in registers `states_matrix` and
 //! `gradients_matrix` take their place, and `forward_matrix` walks for states and outputs (`outputs_matrix`)
-//! together, from products that `scores_matrix` finds for many heads. `plan` and `ready` choose sizes, `walks` strings the walks together, `launch` all passes.
+//! together, from products that `scores_matrix` finds for many heads. `plan` and `ready` choose sizes, `walks`
+//! strings the walks together, `launch` all passes.
 
 mod forward_matrix;
 mod gradients;

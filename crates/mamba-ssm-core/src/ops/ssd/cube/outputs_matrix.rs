@@ -4,8 +4,9 @@
 //! y[i] = sum_{j <= i} (C[i].B[j]) exp(s[i] - s[j]) dt[j] x[j]  +  exp(s[i]) h C[i]  +  D x[i]
 //! ```
 //!
-//! A plane owns 16 tokens and some of the heads, or of a head's channels. `C B^T` stays in registers over all heads; decayed and masked there, it is the left
-//! operand of the product with x, which is summed on top of `C H^T`.
+//! A plane owns 16 tokens and some of the heads, or of a head's channels. `C B^T`, found here or by
+//! `scores_matrix`, stays in registers over all heads; decayed and masked there, it is the left operand of the
+//! product with x, which is summed on top of `C H^T`.
 
 use cubecl::prelude::*;
 

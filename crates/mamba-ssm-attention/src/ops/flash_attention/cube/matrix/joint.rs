@@ -40,7 +40,8 @@ pub(in super::super) fn sums_of_head(lq: usize, #[comptime] plan: MatrixPlan) ->
     lq.div_ceil(SIDE) * comptime!(plan.steps() * SLOTS * PLANE)
 }
 
-/// Brings a cube's keys in (where they are wanted), from `start` on; past the last, that one again (`dS` is zero there).
+/// Brings a cube's keys in (where they are wanted), from `start` on; past the last, that one again (`dS` is zero
+/// there).
 #[cube]
 pub(super) fn new_joint<E: Float>(
     k: &[E],

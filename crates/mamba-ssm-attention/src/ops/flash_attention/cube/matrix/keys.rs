@@ -5,7 +5,8 @@
 //! keys, values and sums stay in its registers. The queries of every head that shares the keys, and the
 //! gradients of the output, pass through shared memory, `tile` tokens at a time, the next tile's reads
 //! under way while this one is at work, and are met sixteen at a time. Every key has one owner, so nothing
-//! is added up across units and a run repeats to the bit.
+//! is added up across units and a run repeats to the bit; unless `dS^T` is used for the gradient of the queries
+//! too (`joint`).
 //!
 //! Bytes moved: keys, values and their gradients once, queries and gradients of the output
 //! `length_k / (16 frags planes)` times.

@@ -10,8 +10,10 @@
 //! ```
 //!
 //! So dy, C and h lie in shared memory above x, B and g. Either half is compiled for itself: which tokens come
-//! first, and whose steps count, is decided then. `C B^T`, its gradient and that of C (or B) stay in a plane's registers over all heads. Bytes: as in
-//! `gradients`.
+//! first, and whose steps count, is decided then. `C B^T`, its gradient and that of C (or B) stay in a plane's
+//! registers over all heads, in blocks by their distance from the plane's own tokens, so that the diagonal's code
+//! is there once. The next tile of heads comes into the other half of shared memory, where that has room for two.
+//! Bytes: as in `gradients`.
 
 mod pairs;
 mod skip;
