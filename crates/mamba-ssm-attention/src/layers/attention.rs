@@ -299,7 +299,7 @@ impl Attention {
         }
     }
 
-    fn options(&self, device: &Device) -> FlashAttentionOptions {
+    pub(super) fn options(&self, device: &Device) -> FlashAttentionOptions {
         FlashAttentionOptions {
             causal: self.causal,
             window: self.window,

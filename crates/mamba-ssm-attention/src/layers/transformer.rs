@@ -288,6 +288,24 @@ mod tests {
     }
 
     #[test]
+    fn what_attention_may_do_is_the_same_in_every_layer() {
+        let config = TransformerConfig::new(64).with_window(Some(5));
+        for deterministic in [false, true] {
+            let config = config.clone().with_deterministic(deterministic);
+            for layer in 0..config.n_layers {
+                let attention = config.attention(layer);
+                assert_eq!(attention.deterministic, deterministic);
+                assert_eq!(attention.window, Some(5));
+                let options = attention
+                    .init(&Device::default())
+                    .options(&Device::default());
+                assert_eq!(options.deterministic, deterministic);
+                assert_eq!(options.window, Some(5));
+            }
+        }
+    }
+
+    #[test]
     fn steps_and_pieces_equal_the_full_pass() {
         let device = Device::default();
         for window in [None, Some(4)] {
