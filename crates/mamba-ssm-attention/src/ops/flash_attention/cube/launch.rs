@@ -5,7 +5,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 use mamba_ssm_linear::cube::fragment::{LANES, SIDE};
-use mamba_ssm_linear::cube::{address_type, elem, empty_like, grid};
+use mamba_ssm_linear::cube::{address_type, alone, elem, empty_like, grid};
 
 use super::backward::{backward_keys, backward_queries};
 use super::common::{CallLaunch, Plan};
@@ -16,9 +16,6 @@ use super::matrix::{
 };
 use super::plan::Kernels;
 use crate::ops::flash_attention::{Spec, dropout};
-
-/// Units of a cube of the kernels that go over rows once.
-const UNITS: usize = 256;
 
 /// Sizes of one call.
 struct Sizes<'a> {
@@ -80,12 +77,14 @@ impl<'a> Sizes<'a> {
     }
 }
 
+/// Something to pass in place of a tensor that there is not.
+fn dummy(like: &CubeTensor) -> CubeTensor {
+    empty_like(like, [1], DType::F32)
+}
+
 /// The padding, or something to pass in its place.
 fn padding_or_dummy(padding: Option<CubeTensor>, like: &CubeTensor) -> CubeTensor {
-    match padding {
-        Some(padding) => into_contiguous(padding),
-        None => empty_like(like, [1], DType::F32),
-    }
+    padding.map_or_else(|| dummy(like), into_contiguous)
 }
 
 pub(super) fn forward(
@@ -151,8 +150,7 @@ pub(super) fn backward(
         }
         _ => {
             let (dq, delta) = queries(&tensors, &padding, kernels, &sizes);
-            let nothing = empty_like(q, [1], DType::F32);
-            let (dk, dv) = keys(tensors, padding, delta, nothing, kernels, &sizes);
+            let (dk, dv) = keys(tensors, padding, delta, None, kernels, &sizes);
             (dq, dk, dv)
         }
     }
@@ -173,8 +171,9 @@ fn joint(
     let heads = sizes.batch * sizes.heads;
     let sums = empty_like(q, [heads * sums_of_head(sizes.lq, plan)], DType::F32);
     let addresses = address_type(&[q, &tensors[1], &sums]);
-    let cubes = |units: usize| grid(units.div_ceil(UNITS));
-    let dim = CubeDim::new_1d(UNITS as u32);
+    let units = alone(q);
+    let cubes = |all: usize| grid(all.div_ceil(units));
+    let dim = CubeDim::new_1d(units as u32);
     // SAFETY: the kernels reach no token past the lengths they are given.
     unsafe {
         prepare::launch_unchecked(
@@ -191,7 +190,7 @@ fn joint(
             elem,
         );
     }
-    let (dk, dv) = keys(tensors, padding, delta, sums.clone(), kernels, sizes);
+    let (dk, dv) = keys(tensors, padding, delta, Some(sums.clone()), kernels, sizes);
     // SAFETY: as above.
     unsafe {
         finish::launch_unchecked(
@@ -259,13 +258,14 @@ fn keys(
     tensors: [CubeTensor; 6],
     padding: CubeTensor,
     delta: CubeTensor,
-    sums: CubeTensor,
+    sums: Option<CubeTensor>,
     kernels: &Kernels,
     sizes: &Sizes,
 ) -> (CubeTensor, CubeTensor) {
     let [q, k, v, _, lse, dout] = tensors;
     let [dk, dv] = [&k, &v].map(|x| empty_like(x, x.meta.shape.clone(), x.dtype));
     let (client, elem) = (q.client.clone(), elem(q.dtype));
+    let sums = sums.unwrap_or_else(|| dummy(&q));
     let addresses = address_type(&[&q, &k, &lse, &sums]);
     macro_rules! launch {
         ($kernel:ident, $plan:expr $(, $sums:expr)?) => {{

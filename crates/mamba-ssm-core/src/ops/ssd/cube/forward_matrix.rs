@@ -23,16 +23,11 @@ use super::plan::{Call, Plan};
 use super::scores_matrix::scores_size;
 use super::states::{Direction, last_segment, state_exists, state_place};
 use super::states_matrix::{
-    Share, advance, fetch_chunk, load_state, part, share, store_state, weight_place,
+    Share, advance, fetch_channels, fetch_group, load_state, part, share, store_state, weight_place,
 };
-use super::steps::{bounded, last_of_block};
+use super::steps::{bounded, carried_step, last_of_block};
 use crate::ops::cube::fragment::{LANES, NARROW, Pair, own_pair, own_row, zero_sums};
 use crate::ops::cube::tile::put;
-
-/// Tokens' steps that a unit carries per chunk.
-fn step_shares(plan: Plan) -> usize {
-    (plan.chunk * plan.heads).div_ceil(plan.forward_units())
-}
 
 /// Vectors of a tile's state that a unit writes.
 fn state_shares(plan: Plan) -> usize {
@@ -83,10 +78,10 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
         x: Array::new(comptime!(tile_x.shares(units))),
         b: Array::new(comptime!(tile_n.shares(units))),
         c: Array::new(comptime!(tile_n.shares(units))),
-        step: Array::new(comptime!(step_shares(plan))),
-        sum: Array::new(comptime!(step_shares(plan))),
-        end: Array::new(comptime!(step_shares(plan))),
-        whole: Array::new(comptime!(step_shares(plan))),
+        step: Array::new(comptime!(plan.step_shares(plan.forward_units()))),
+        sum: Array::new(comptime!(plan.step_shares(plan.forward_units()))),
+        end: Array::new(comptime!(plan.step_shares(plan.forward_units()))),
+        whole: Array::new(comptime!(plan.step_shares(plan.forward_units()))),
     };
     let size = call.heads * comptime!(plan.headdim * plan.state);
     let mut state = zero_sums(comptime!(plan.state_columns() / NARROW));
@@ -98,7 +93,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     }
     let from = own.segment * call.per_segment;
     let to = min(from + call.per_segment, call.chunks);
-    fetch_c::<E, VX, VN>(c, from, &own, &mut next, call, plan);
+    fetch_group::<E, VN>(c, &call.c, from, &own, &mut next.c, call, plan, units);
     fetch_rest::<E, VX, VN>(x, b, steps, sums, from, &own, &mut next, call, plan);
     let mut first = 0usize;
     if comptime!(plan.two_chunks) {
@@ -124,7 +119,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
         let more = chunk + 1 < to;
         let behind = comptime!(plan.chunk) - first;
         if comptime!(plan.two_chunks) && more {
-            fetch_c::<E, VX, VN>(c, chunk + 1, &own, &mut next, call, plan);
+            fetch_group::<E, VN>(c, &call.c, chunk + 1, &own, &mut next.c, call, plan, units);
         }
         if has_tokens(plan) {
             let token = chunk * comptime!(plan.chunk);
@@ -139,7 +134,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             if comptime!(plan.two_chunks) {
                 put_c::<E, VX, VN>(&next, &mut tiles, behind, plan);
             } else {
-                fetch_c::<E, VX, VN>(c, chunk + 1, &own, &mut next, call, plan);
+                fetch_group::<E, VN>(c, &call.c, chunk + 1, &own, &mut next.c, call, plan, units);
             }
             fetch_rest::<E, VX, VN>(x, b, steps, sums, chunk + 1, &own, &mut next, call, plan);
         }
@@ -222,32 +217,7 @@ fn put_skip(d: &[f32], own: &Share, into: &mut Shared<[f32]>, #[comptime] plan: 
     }
 }
 
-/// Reads a unit's share of a chunk's C into registers.
-#[cube]
-fn fetch_c<E: Float, VX: Size, VN: Size>(
-    c: &[E],
-    chunk: usize,
-    own: &Share,
-    next: &mut Next<E, VX, VN>,
-    call: &Call,
-    #[comptime] plan: Plan,
-) {
-    let column = own.group * comptime!(plan.state);
-    fetch_chunk::<E, VN>(
-        c,
-        &call.c,
-        column,
-        chunk,
-        own,
-        &mut next.c,
-        call,
-        plan,
-        comptime!(plan.tile_n()),
-        comptime!(plan.forward_units()),
-    );
-}
-
-/// Reads a unit's share of all else of a chunk into registers.
+/// Reads a unit's share of a chunk, but for its C, into registers.
 #[cube]
 fn fetch_rest<E: Float, VX: Size, VN: Size>(
     x: &[E],
@@ -261,39 +231,13 @@ fn fetch_rest<E: Float, VX: Size, VN: Size>(
     #[comptime] plan: Plan,
 ) {
     let units = comptime!(plan.forward_units());
-    let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
-    let column = own.first_head * comptime!(plan.headdim);
-    fetch_chunk::<E, VX>(
-        x,
-        &call.x,
-        column,
-        chunk,
-        own,
-        &mut next.x,
-        call,
-        plan,
-        tile_x,
-        units,
-    );
-    let column = own.group * comptime!(plan.state);
-    fetch_chunk::<E, VN>(
-        b,
-        &call.b,
-        column,
-        chunk,
-        own,
-        &mut next.b,
-        call,
-        plan,
-        tile_n,
-        units,
-    );
+    fetch_channels::<E, VX>(x, chunk, own, &mut next.x, call, plan, units);
+    fetch_group::<E, VN>(b, &call.b, chunk, own, &mut next.b, call, plan, units);
     #[unroll]
-    for share in 0..comptime!(step_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.forward_units());
-        let head = n % comptime!(plan.heads);
+    for share in 0..comptime!(plan.step_shares(plan.forward_units())) {
+        let (token, head) = carried_step(share, units, plan);
         let final_token = comptime!(plan.chunk - 1).runtime();
-        let token = min(n / comptime!(plan.heads), final_token);
+        let token = min(token, final_token);
         let end = last_of_block(token);
         let place = weight_place(token, head, chunk, own, call, plan);
         next.step[share] = steps[place];
@@ -303,7 +247,7 @@ fn fetch_rest<E: Float, VX: Size, VN: Size>(
     }
 }
 
-/// Writes what [`fetch_c`] read into shared memory, from row `first` on.
+/// Writes a chunk's C into shared memory, from row `first` on.
 #[cube]
 fn put_c<E: Float, VX: Size, VN: Size>(
     next: &Next<E, VX, VN>,
@@ -347,9 +291,8 @@ fn put_rest<E: Float, VX: Size, VN: Size>(
     );
     let decays = &mut tiles.decays;
     #[unroll]
-    for share in 0..comptime!(step_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.forward_units());
-        let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
+    for share in 0..comptime!(plan.step_shares(plan.forward_units())) {
+        let (token, head) = carried_step(share, units, plan);
         let (step, sum) = (next.step[share], next.sum[share]);
         if token < comptime!(plan.chunk) {
             let at = first * comptime!(plan.heads) + head * comptime!(plan.chunk) + token;

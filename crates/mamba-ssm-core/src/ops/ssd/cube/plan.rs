@@ -149,6 +149,11 @@ impl Plan {
         self.walk_planes().max(self.output_planes()) * LANES
     }
 
+    /// Tokens' steps of a chunk, of every head of a tile, that each of so many units carries.
+    pub(super) fn step_shares(&self, units: usize) -> usize {
+        (self.chunk * self.heads).div_ceil(units)
+    }
+
     /// Units of a cube that finds `C B^T`.
     pub(super) fn score_units(&self) -> usize {
         self.chunk / SIDE * LANES
@@ -409,7 +414,7 @@ pub(super) fn plan(
             team,
             fragments: false,
             // A cube of many heads finds them once for all of those: measured, that is no slower.
-            scores_given: has_fragments(client, tile) && heads == 1 && sizes.heads_per_group() > 1,
+            scores_given: heads == 1 && sizes.heads_per_group() > 1,
             two_chunks: false,
             two_tiles: false,
             state_parts: 1,

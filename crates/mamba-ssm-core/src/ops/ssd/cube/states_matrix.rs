@@ -13,6 +13,7 @@ use cubecl::prelude::*;
 
 use super::plan::{Call, Plan};
 use super::states::{Direction, last_segment, state_exists, state_place};
+use super::steps::carried_step;
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
     LANES, NARROW, Pair, four, four_column, left_transposed, multiply, own_column, own_row, right,
@@ -20,11 +21,6 @@ use crate::ops::cube::fragment::{
 };
 use crate::ops::cube::place::Place;
 use crate::ops::cube::tile::{Tile, fetch, put};
-
-/// Tokens' weights that a unit computes per chunk.
-fn weight_shares(plan: Plan) -> usize {
-    (plan.chunk * plan.heads).div_ceil(plan.walk_units())
-}
 
 /// What a cube owns.
 #[derive(CubeType)]
@@ -100,9 +96,9 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     let mut next = Next::<E, VX, VN> {
         x: Array::new(comptime!(tile_x.shares(units))),
         b: Array::new(comptime!(tile_n.shares(units))),
-        step: Array::new(comptime!(weight_shares(plan))),
-        sum: Array::new(comptime!(weight_shares(plan))),
-        end: Array::new(comptime!(weight_shares(plan))),
+        step: Array::new(comptime!(plan.step_shares(plan.walk_units()))),
+        sum: Array::new(comptime!(plan.step_shares(plan.walk_units()))),
+        end: Array::new(comptime!(plan.step_shares(plan.walk_units()))),
     };
 
     let size = call.heads * comptime!(plan.headdim * plan.state);
@@ -163,9 +159,46 @@ fn chunk_of(visit: usize, from: usize, to: usize, #[comptime] mode: Direction) -
     chunk
 }
 
+/// A unit's share of a chunk of x, or backwards of dy.
+#[cube]
+pub(super) fn fetch_channels<E: Float, V: Size>(
+    x: &[E],
+    chunk: usize,
+    own: &Share,
+    into: &mut Array<Vector<E, V>>,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] units: usize,
+) {
+    let column = own.first_head * comptime!(plan.headdim);
+    let tile = comptime!(plan.tile_x());
+    fetch_chunk::<E, V>(
+        x, &call.x, column, chunk, own, into, call, plan, tile, units,
+    );
+}
+
+/// A unit's share of a chunk of B or C, of the cube's group.
+#[cube]
+pub(super) fn fetch_group<E: Float, V: Size>(
+    from: &[E],
+    place: &Place,
+    chunk: usize,
+    own: &Share,
+    into: &mut Array<Vector<E, V>>,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] units: usize,
+) {
+    let column = own.group * comptime!(plan.state);
+    let tile = comptime!(plan.tile_n());
+    fetch_chunk::<E, V>(
+        from, place, column, chunk, own, into, call, plan, tile, units,
+    );
+}
+
 /// A unit's share of a chunk's rows, from `column` on.
 #[cube]
-pub(super) fn fetch_chunk<E: Float, V: Size>(
+fn fetch_chunk<E: Float, V: Size>(
     from: &[E],
     place: &Place,
     column: usize,
@@ -236,40 +269,13 @@ fn fetch_next<E: Float, VX: Size, VN: Size>(
     #[comptime] plan: Plan,
 ) {
     let units = comptime!(plan.walk_units());
-    let column = own.first_head * comptime!(plan.headdim);
-    let tile = comptime!(plan.tile_x());
-    fetch_chunk::<E, VX>(
-        x,
-        &call.x,
-        column,
-        chunk,
-        own,
-        &mut next.x,
-        call,
-        plan,
-        tile,
-        units,
-    );
-    let column = own.group * comptime!(plan.state);
-    let tile = comptime!(plan.tile_n());
-    fetch_chunk::<E, VN>(
-        b,
-        &call.b,
-        column,
-        chunk,
-        own,
-        &mut next.b,
-        call,
-        plan,
-        tile,
-        units,
-    );
+    fetch_channels::<E, VX>(x, chunk, own, &mut next.x, call, plan, units);
+    fetch_group::<E, VN>(b, &call.b, chunk, own, &mut next.b, call, plan, units);
     #[unroll]
-    for share in 0..comptime!(weight_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
-        let head = n % comptime!(plan.heads);
+    for share in 0..comptime!(plan.step_shares(plan.walk_units())) {
+        let (token, head) = carried_step(share, units, plan);
         let last = comptime!(plan.chunk - 1).runtime();
-        let token = min(n / comptime!(plan.heads), last);
+        let token = min(token, last);
         let place = weight_place(token, head, chunk, own, call, plan);
         let end = weight_place(last, head, chunk, own, call, plan);
         next.step[share] = steps[place];
@@ -302,9 +308,8 @@ fn put_next<E: Float, VX: Size, VN: Size>(
         units,
     );
     #[unroll]
-    for share in 0..comptime!(weight_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.walk_units());
-        let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
+    for share in 0..comptime!(plan.step_shares(plan.walk_units())) {
+        let (token, head) = carried_step(share, units, plan);
         let (sum, end) = (next.sum[share], next.end[share]);
         if token < comptime!(plan.chunk) {
             let weight = if comptime!(mode.backwards) {

@@ -32,6 +32,18 @@ pub(super) fn last_of_block(token: usize) -> usize {
     token / SIDE * SIDE + comptime!(SIDE - 1)
 }
 
+/// Token and head of one of the steps that a unit carries, [`Plan::step_shares`] of them; the last may be of tokens
+/// past the chunk.
+#[cube]
+pub(super) fn carried_step(
+    #[comptime] share: usize,
+    #[comptime] units: usize,
+    #[comptime] plan: Plan,
+) -> (usize, usize) {
+    let n = UNIT_POS as usize + comptime!(share * units);
+    (n / comptime!(plan.heads), n % comptime!(plan.heads))
+}
+
 /// Heads that a cube treats.
 pub(super) const HEADS: usize = 16;
 

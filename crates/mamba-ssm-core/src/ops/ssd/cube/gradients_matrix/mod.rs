@@ -35,7 +35,7 @@ use state::{onto_state, through_state};
 use steps::{inner_of_states, store_steps};
 use tiles::{
     Half, Next, Share, Tiles, fetch_both_states, fetch_tokens, first_slot, has_block, new_tiles,
-    put_both_states, put_tokens, share, spot_of, state_shares, step_shares, token_of_block,
+    put_both_states, put_tokens, share, spot_of, state_shares, token_of_block,
 };
 pub(super) use tiles::{bytes, half_planes};
 
@@ -166,10 +166,10 @@ fn run_half<E: Float, S: Float, O: Float, VX: Size, VN: Size>(
         dy: Array::new(comptime!(tile_x.shares(units))),
         h: Array::new(comptime!(state_shares(plan, units))),
         g: Array::new(comptime!(state_shares(plan, units))),
-        step: Array::new(comptime!(step_shares(plan))),
-        sum: Array::new(comptime!(step_shares(plan))),
-        before: Array::new(comptime!(step_shares(plan))),
-        behind: Array::new(comptime!(step_shares(plan))),
+        step: Array::new(comptime!(plan.step_shares(units))),
+        sum: Array::new(comptime!(plan.step_shares(units))),
+        before: Array::new(comptime!(plan.step_shares(units))),
+        behind: Array::new(comptime!(plan.step_shares(units))),
     };
     let spot = spot_of(0usize, 0usize, plan);
     fetch_tokens::<E, S, VX, VN>(x, dy, steps, sums, own.head, own, &mut next, call, plan);

@@ -6,7 +6,7 @@ use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{LANES, own_row};
 use crate::ops::cube::tile::{fetch, put};
 use crate::ops::ssd::cube::plan::{ALIGNMENT, CUBE_BYTES, Call, Plan};
-use crate::ops::ssd::cube::steps::{bounded, last_of_block};
+use crate::ops::ssd::cube::steps::{bounded, carried_step, last_of_block};
 
 /// Planes of a half; also the parts in which the gradient of D is summed over a chunk.
 pub(in super::super) fn half_planes(plan: Plan) -> usize {
@@ -16,11 +16,6 @@ pub(in super::super) fn half_planes(plan: Plan) -> usize {
 /// Parts of `<h, g>` of a head.
 pub(super) fn kept_parts(plan: Plan) -> usize {
     (plan.gradient_units() / plan.heads).max(1)
-}
-
-/// Step sizes that a unit carries per tile.
-pub(super) fn step_shares(plan: Plan) -> usize {
-    (plan.chunk * plan.heads).div_ceil(plan.gradient_units())
 }
 
 /// Tokens of a chunk that a lane treats when a plane runs over them.
@@ -338,16 +333,13 @@ pub(super) fn fetch_tokens<E: Float, S: Float, VX: Size, VN: Size>(
     fetch::<E, VX>(dy, from_dy, width, own.rows, &mut next.dy, tile_x, units);
     let base = (own.batch * call.chunks + own.chunk) * comptime!(plan.chunk);
     #[unroll]
-    for share in 0..comptime!(step_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.gradient_units());
-        let token = min(
-            n / comptime!(plan.heads),
-            comptime!(plan.chunk - 1).runtime(),
-        );
-        let place = (base + token) * call.heads + head + n % comptime!(plan.heads);
+    for share in 0..comptime!(plan.step_shares(units)) {
+        let (token, inner) = carried_step(share, units, plan);
+        let token = min(token, comptime!(plan.chunk - 1).runtime());
+        let head = head + inner;
+        let place = (base + token) * call.heads + head;
         next.step[share] = steps[place];
         next.sum[share] = sums[place];
-        let head = head + n % comptime!(plan.heads);
         let before = max(token / SIDE * SIDE, 1usize) - 1;
         next.before[share] = sums[(base + before) * call.heads + head];
         next.behind[share] = sums[(base + last_of_block(token)) * call.heads + head];
@@ -386,9 +378,8 @@ pub(super) fn put_tokens<E: Float, S: Float, VX: Size, VN: Size>(
     let behind = at + comptime!(plan.tile_x().size());
     put::<E, VX>(&next.x, &mut tiles.tokens, behind, tile_x, units);
     #[unroll]
-    for share in 0..comptime!(step_shares(plan)) {
-        let n = UNIT_POS as usize + comptime!(share * plan.gradient_units());
-        let (token, head) = (n / comptime!(plan.heads), n % comptime!(plan.heads));
+    for share in 0..comptime!(plan.step_shares(units)) {
+        let (token, head) = carried_step(share, units, plan);
         if token < comptime!(plan.chunk) {
             let at = (to.slot + head) * comptime!(plan.chunk) + token;
             let (step, sum) = (next.step[share], next.sum[share]);
