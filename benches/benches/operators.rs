@@ -41,8 +41,13 @@ fn ssd_shapes() -> Vec<[usize; 6]> {
 
 fn ssd_group(c: &mut Criterion) {
     let mut group = c.benchmark_group("ssd");
-    for [b, l, h, p, g, n] in ssd_shapes() {
-        let name = format!("B{b} L{l} H{h} P{p} G{g} N{n}");
+    // A walk over a segment begins where anything is left of a state at its end. With small steps that is where the
+    // segment begins.
+    let small_steps = ssd_shapes().into_iter().last().map(|shape| (shape, -8.0));
+    let shapes = ssd_shapes().into_iter().map(|shape| (shape, 0.0));
+    for ([b, l, h, p, g, n], shift) in shapes.chain(small_steps) {
+        let steps = if shift == 0.0 { "" } else { ", small steps" };
+        let name = format!("B{b} L{l} H{h} P{p} G{g} N{n}{steps}");
         let inputs = |device: &Device| SsdInput {
             x: draw([b, l, h, p], device),
             dt: draw([b, l, h], device),
@@ -51,7 +56,7 @@ fn ssd_group(c: &mut Criterion) {
             c: draw([b, l, g, n], device),
             d: Some(small([h], device).into()),
             z: None,
-            dt_bias: Some(small([h], device)),
+            dt_bias: Some(leaf(small([h], device) + shift)),
             initial_state: None,
         };
         both(&mut group, &name, inputs, |input| {

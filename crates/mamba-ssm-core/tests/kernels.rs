@@ -279,6 +279,38 @@ fn ssd_that_remembers() {
     }
 }
 
+/// Rates so different that of one head nothing is left a few chunks later and of another everything, and one that grows:
+/// a walk for what a segment adds begins where the first head to matter does.
+#[test]
+fn ssd_of_heads_that_forget_and_remember() {
+    let rates = [
+        [-60.0, -45.0, -0.5, -40.0],
+        [-3.0, -60.0, -0.001, 0.001],
+        [-4.0, -5.0, -50.0, -6.0],
+    ];
+    for (device, dtypes) in devices() {
+        for dtype in dtypes {
+            for a in rates {
+                Device::flex().seed(13);
+                let shape = Shape {
+                    batch: 1,
+                    length: 1111,
+                    heads: 4,
+                    headdim: 8,
+                    groups: 1,
+                    state: 16,
+                };
+                let input = SsdInput {
+                    a: Tensor::from_data(TensorData::from(a), (&Device::flex(), DType::F64)),
+                    ..operands(shape, dtype)
+                };
+                let what = format!("{shape:?}, rates {a:?}");
+                check(&input, &SsdOptions::default(), &what, dtype, &device);
+            }
+        }
+    }
+}
+
 #[test]
 fn ssd_of_odd_sizes() {
     check_everywhere(Shape {

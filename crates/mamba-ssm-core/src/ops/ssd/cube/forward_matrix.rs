@@ -21,7 +21,7 @@ use cubecl::prelude::*;
 use super::outputs_matrix::{Decays, Tiles, outputs};
 use super::plan::{Call, Plan};
 use super::scores_matrix::scores_size;
-use super::states::{Direction, last_segment, state_exists, state_place};
+use super::states::{Direction, last_segment, state_exists, state_place, visits};
 use super::states_matrix::{
     Share, advance, fetch_channels, fetch_group, load_state, part, share, store_state, weight_place,
 };
@@ -91,8 +91,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             load_state(start, entry, own.first_head, &mut state, plan);
         }
     }
-    let from = own.segment * call.per_segment;
-    let to = min(from + call.per_segment, call.chunks);
+    let (from, to) = visits(own.segment, call);
     fetch_group::<E, VN>(c, &call.c, from, &own, &mut next.c, call, plan, units);
     fetch_rest::<E, VX, VN>(x, b, steps, sums, from, &own, &mut next, call, plan);
     let mut first = 0usize;

@@ -654,7 +654,7 @@ fn store_steps(
         let own = first + j;
         let direct = terms.diagonal[own];
         let place = ((batch * call.chunks + chunk) * size + j) * call.heads + first_head + head;
-        dsteps[place] = direct + a[first_head + head] * through;
+        dsteps[place] = direct + a[(first_head + head) / comptime!(plan.parts)] * through;
         decays[place] = through * terms.step[own];
         n += comptime!(plan.team.units);
     }

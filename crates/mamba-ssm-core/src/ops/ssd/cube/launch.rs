@@ -1,6 +1,8 @@
 //! Strings the passes together: memory and arguments.
 
-use burn::tensor::DType;
+use burn::backend::ops::FloatTensorOps;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
@@ -203,14 +205,25 @@ pub(crate) fn backward(
         sum_parts_into(direct.c.tensor, shape, &to.c);
     }
     let dbias = ready.steps_backward(dsteps, to);
+    let whole = heads / ready.plan.parts;
     ParameterGradients {
-        a: sum_rows(decays, padded[0] * padded[1], heads),
+        a: sum_of_parts(sum_rows(decays, padded[0] * padded[1], heads), whole),
         d: if ready.plan.skip {
             sum_rows(dd, dd_rows, heads * headdim)
         } else {
             filled(&like, [heads * headdim], 0.0)
         },
-        bias: sum_rows(dbias, batch * length, heads),
+        bias: sum_rows(dbias, batch * length, whole),
         initial: dinitial,
     }
+}
+
+/// Sums what the parts of each head have: `[heads]`.
+fn sum_of_parts(x: CubeTensor, heads: usize) -> CubeTensor {
+    let parts = x.meta.num_elements() / heads;
+    if parts == 1 {
+        return x;
+    }
+    let x = CubeBackend::float_reshape(x, Shape::new([heads, parts]));
+    CubeBackend::float_reshape(CubeBackend::float_sum_dim(x, 1), Shape::new([heads]))
 }

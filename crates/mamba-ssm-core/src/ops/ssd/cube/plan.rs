@@ -21,6 +21,10 @@ pub(super) struct Plan {
     /// Size of the state.
     pub(super) state: usize,
     pub(super) headdim: usize,
+    /// Parts of a head: where a head as it is needs more shared memory than there is, each part of its channels is
+    /// treated as a head, with the same steps and the same rate. `heads` and `headdim` are of parts everywhere but in
+    /// `dt`, its bias and `A`.
+    pub(super) parts: usize,
     /// Heads that a cube treats at once: a tile of channels.
     pub(super) heads: usize,
     /// Elements of x, and of B, C and the states, read at once.
@@ -359,6 +363,15 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
+    /// The sizes where every head is treated as so many.
+    pub(super) fn in_parts(self, parts: usize) -> Self {
+        Self {
+            heads: self.heads * parts,
+            headdim: self.headdim / parts,
+            ..self
+        }
+    }
+
     pub(super) fn heads_per_group(&self) -> usize {
         self.heads / self.groups
     }
@@ -406,6 +419,7 @@ pub(super) fn plan(
             chunk,
             state: sizes.state,
             headdim: sizes.headdim,
+            parts: 1,
             heads,
             vector_x: vectors[0],
             vector_n: vectors[1],

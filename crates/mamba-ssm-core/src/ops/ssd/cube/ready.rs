@@ -72,8 +72,7 @@ pub(super) struct Ready {
 }
 
 /// What indices into every tensor of a call need: those that came in, and the largest that it makes.
-fn addresses(scan: &Scan, outputs: &[&[&Rows]; 2], plan: &Plan) -> AddressType {
-    let sizes = &scan.sizes;
+fn addresses(scan: &Scan, sizes: &Sizes, outputs: &[&[&Rows]; 2], plan: &Plan) -> AddressType {
     let operands = [&scan.x, &scan.b, &scan.c, &scan.dt];
     let given = operands.iter().chain(outputs[0]).chain(outputs[1]);
     let given: Vec<_> = given.map(|rows| &rows.tensor).collect();
@@ -103,28 +102,34 @@ impl Ready {
                 .min()
                 .unwrap_or(1)
         };
-        let vectors = [
-            vector(&[&scan.x], outputs[0], sizes.headdim),
-            vector(&[&scan.b, &scan.c], outputs[1], sizes.state),
-        ];
-        let skip = scan.d.is_some();
-        let plan =
-            plan(&client, &sizes, vectors, scan.spec.softplus, skip, tile).unwrap_or_else(|| {
+        let planned = |parts: usize| {
+            let sizes = sizes.in_parts(parts);
+            let vectors = [
+                vector(&[&scan.x], outputs[0], sizes.headdim),
+                vector(&[&scan.b, &scan.c], outputs[1], sizes.state),
+            ];
+            let (softplus, skip) = (scan.spec.softplus, scan.d.is_some());
+            let plan = plan(&client, &sizes, vectors, softplus, skip, tile)?;
+            Some((sizes, Plan { parts, ..plan }))
+        };
+        let (sizes, plan) = (1..=sizes.headdim)
+            .filter(|parts| sizes.headdim.is_multiple_of(*parts))
+            .find_map(planned)
+            .unwrap_or_else(|| {
                 panic!(
-                    "ssd: headdim = {} and state = {} need more shared memory than the device has; \
-                     use smaller ones",
-                    sizes.headdim, sizes.state
+                    "ssd: state = {} needs more shared memory than the device has; use a smaller one",
+                    sizes.state
                 )
             });
         let limit = scan.spec.limit;
-        let addresses = addresses(&scan, &outputs, &plan);
+        let addresses = addresses(&scan, &sizes, &outputs, &plan);
         Self {
             addresses,
             d: scan.d.clone().unwrap_or_else(|| filled(like, [16], 0.0)),
             bias: scan
                 .bias
                 .clone()
-                .unwrap_or_else(|| filled(like, [sizes.heads], 0.0)),
+                .unwrap_or_else(|| filled(like, [sizes.heads / plan.parts], 0.0)),
             sizes,
             plan,
             gradient_plan: plan.for_gradients(&client, tile),
@@ -306,6 +311,7 @@ impl Ready {
             heads,
             ..
         } = self.sizes;
+        let heads = heads / self.plan.parts;
         let dbias = empty_like(&self.scan.x.tensor, [batch, length, heads], DType::F32);
         let elements = batch * length * heads;
         let (count, dim) = self.elementwise(elements);

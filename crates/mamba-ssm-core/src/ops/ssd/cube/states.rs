@@ -8,7 +8,8 @@
 //! A cube owns a tile of channels of one batch entry and walks the chunks of a segment in order, the
 //! state in registers; per chunk one product of `[channels, chunk] x [chunk, state]`. With more than one
 //! segment a first walk finds what each adds, `pass` carries the states across, and a second walk starts
-//! from them. Bytes: `x` and `B` read once per walk, one state per chunk written.
+//! from them. The first begins no earlier in a segment than what is left at its end ([`begin`]). Bytes: `x` and `B`
+//! read once per walk, one state per chunk written.
 
 use cubecl::prelude::*;
 
@@ -27,6 +28,10 @@ pub(super) struct Direction {
     /// Whether to write the state after each segment, or only after the last.
     pub(super) ends: bool,
 }
+
+/// The largest number of f32 is below e^89, and what is below e^-104 is rounded to zero: of a state that decays by more
+/// than this exponent nothing is left, whatever it was.
+const NOTHING: f32 = -193.0;
 
 /// Vectors of the tile's state that a unit owns.
 fn shares(plan: Plan) -> usize {
@@ -71,6 +76,107 @@ pub(super) fn last_segment(call: &Call, #[comptime] mode: Direction) -> usize {
     } else {
         call.segments - 1
     }
+}
+
+/// The chunk of a visit.
+#[cube]
+pub(super) fn chunk_of(visit: usize, from: usize, to: usize, #[comptime] mode: Direction) -> usize {
+    let mut chunk = visit;
+    if comptime!(mode.backwards) {
+        chunk = from + to - 1 - visit;
+    }
+    chunk
+}
+
+/// Where the sums of a token of a chunk and a head lie.
+#[cube]
+pub(super) fn sum_place(
+    batch: usize,
+    chunk: usize,
+    token: usize,
+    head: usize,
+    call: &Call,
+    #[comptime] plan: Plan,
+) -> usize {
+    ((batch * call.chunks + chunk) * comptime!(plan.chunk) + token) * call.heads + head
+}
+
+/// The first visit of a segment's chunks of which anything is left at the segment's end in one of the cube's heads. Writes
+/// the exponent of each head's decay from there on.
+///
+/// Read from the last chunk on, as many at a time as `some` has room for: one per token of a chunk and head.
+#[cube]
+pub(super) fn begin(
+    sums: &[f32],
+    totals: &mut [f32],
+    batch: usize,
+    segment: usize,
+    first_head: usize,
+    some: &mut Shared<[f32]>,
+    call: &Call,
+    #[comptime] plan: Plan,
+    #[comptime] mode: Direction,
+    #[comptime] units: usize,
+) -> usize {
+    let (block, heads) = comptime!((plan.chunk, plan.heads));
+    let (from, to) = visits(segment, call);
+    let mut exponents = Shared::<[f32]>::new_slice(heads);
+    let mut counted = Shared::<[u32]>::new_slice(heads);
+    let mut first = to;
+    let mut more = true;
+    while more {
+        let count = min(first - from, block.runtime());
+        let mut n = UNIT_POS as usize;
+        while n < count * heads {
+            let chunk = chunk_of(first - 1 - n / heads, from, to, mode);
+            let last = comptime!(plan.chunk - 1).runtime();
+            let place = sum_place(batch, chunk, last, first_head + n % heads, call, plan);
+            some[n] = sums[place];
+            n += units;
+        }
+        sync_cube();
+        let mut head = UNIT_POS as usize;
+        while head < heads {
+            let mut exponent = 0.0f32;
+            if first < to {
+                exponent = exponents[head];
+            }
+            let mut left = 0u32;
+            for visit in 0..count {
+                // Not so where it is not a number, which is thus passed on.
+                let gone = exponent < NOTHING;
+                if !gone {
+                    left = visit as u32 + 1u32;
+                }
+                exponent += some[visit * heads + head];
+            }
+            exponents[head] = exponent;
+            counted[head] = left;
+            head += units;
+        }
+        sync_cube();
+        let mut most = 0u32;
+        #[unroll]
+        for head in 0..heads {
+            most = max(most, counted[head]);
+        }
+        first -= most as usize;
+        more = most as usize == count && first > from;
+    }
+    let mut head = UNIT_POS as usize;
+    while head < heads {
+        totals[(batch * call.segments + segment) * call.heads + first_head + head] =
+            exponents[head];
+        head += units;
+    }
+    first
+}
+
+/// The chunks of a segment: the first, and the first behind it.
+#[cube]
+pub(super) fn visits(segment: usize, call: &Call) -> (usize, usize) {
+    let from = segment * call.per_segment;
+    (from, min(from + call.per_segment, call.chunks))
 }
 
 #[cube(launch, address_type = "dynamic")]
@@ -123,13 +229,26 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
         }
     }
 
-    let from = segment * call.per_segment;
-    let to = min(from + call.per_segment, call.chunks);
-    for visit in from..to {
-        let mut chunk = visit;
-        if comptime!(mode.backwards) {
-            chunk = from + to - 1 - visit;
-        }
+    let (from, to) = visits(segment, call);
+    let mut first = from;
+    if comptime!(mode.ends) {
+        let units = comptime!(plan.team.units);
+        first = begin(
+            sums,
+            totals,
+            batch,
+            segment,
+            first_head,
+            &mut weights,
+            call,
+            plan,
+            mode,
+            units,
+        );
+        sync_cube();
+    }
+    for visit in first..to {
+        let chunk = chunk_of(visit, from, to, mode);
         let token = chunk * comptime!(plan.chunk);
         let rows = min(call.length - token, comptime!(plan.chunk).runtime());
         let base = batch * call.length + token;
@@ -195,17 +314,7 @@ pub(super) fn walk<I: Float, E: Float, S: Float, VX: Size, VN: Size>(
 
     let mut ends = comptime!(mode.ends).runtime();
     let mut entry = entry;
-    if comptime!(mode.ends) {
-        let head = UNIT_POS as usize;
-        if head < comptime!(plan.heads) {
-            let mut total = 0.0f32;
-            for chunk in from..to {
-                let row = (batch * call.chunks + chunk + 1) * comptime!(plan.chunk) - 1;
-                total += sums[row * call.heads + first_head + head];
-            }
-            totals[(batch * call.segments + segment) * call.heads + first_head + head] = total;
-        }
-    } else {
+    if comptime!(!mode.ends) {
         entry = batch * size;
         ends = segment == last_segment(call, mode);
     }

@@ -12,7 +12,9 @@
 use cubecl::prelude::*;
 
 use super::plan::{Call, Plan};
-use super::states::{Direction, last_segment, state_exists, state_place};
+use super::states::{
+    Direction, begin, chunk_of, last_segment, state_exists, state_place, sum_place, visits,
+};
 use super::steps::carried_step;
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
@@ -107,16 +109,27 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     if comptime!(mode.start) {
         load_state(start, entry, own.first_head, &mut state, plan);
     }
-    let from = own.segment * call.per_segment;
-    let to = min(from + call.per_segment, call.chunks);
-    let chunk = chunk_of(from, from, to, mode);
+    let (from, to) = visits(own.segment, call);
+    let mut first = from;
+    if comptime!(mode.ends) {
+        first = begin(
+            sums,
+            totals,
+            own.batch,
+            own.segment,
+            own.first_head,
+            &mut tiles.weights,
+            call,
+            plan,
+            mode,
+            units,
+        );
+    }
+    let chunk = chunk_of(first, from, to, mode);
     fetch_next::<E, VX, VN>(x, b, steps, sums, chunk, &own, &mut next, call, plan);
-    let mut total = 0.0f32;
-    for visit in from..to {
+    for visit in first..to {
         sync_cube();
         put_next::<E, VX, VN>(&next, &mut tiles, plan, mode);
-        // The first units' first token is each head's first.
-        total += next.end[0];
         sync_cube();
         if visit + 1 < to {
             let chunk = chunk_of(visit + 1, from, to, mode);
@@ -139,24 +152,9 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     }
     if comptime!(mode.ends) {
         store_state::<f32>(&state, last, entry, own.first_head, plan);
-        let head = UNIT_POS as usize;
-        if head < comptime!(plan.heads) {
-            let segment = own.batch * call.segments + own.segment;
-            totals[segment * call.heads + own.first_head + head] = total;
-        }
     } else if own.segment == last_segment(call, mode) {
         store_state::<f32>(&state, last, own.batch * size, own.first_head, plan);
     }
-}
-
-/// The chunk of a visit.
-#[cube]
-fn chunk_of(visit: usize, from: usize, to: usize, #[comptime] mode: Direction) -> usize {
-    let mut chunk = visit;
-    if comptime!(mode.backwards) {
-        chunk = from + to - 1 - visit;
-    }
-    chunk
 }
 
 /// A unit's share of a chunk of x, or backwards of dy.
@@ -227,8 +225,7 @@ pub(super) fn weight_place(
     call: &Call,
     #[comptime] plan: Plan,
 ) -> usize {
-    let row = (own.batch * call.chunks + chunk) * comptime!(plan.chunk) + token;
-    row * call.heads + own.first_head + head
+    sum_place(own.batch, chunk, token, own.first_head + head, call, plan)
 }
 
 /// Shared memory of a walk for states.

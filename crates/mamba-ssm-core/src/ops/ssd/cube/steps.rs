@@ -76,8 +76,9 @@ pub(super) fn steps<T: Float>(
         let token = chunk * comptime!(plan.chunk) + n / HEADS;
         let mut value = 0.0f32;
         if token < call.length && head < call.heads {
-            let place = call.dt.offset + (batch * call.length + token) * call.dt.row + head;
-            value = f32::cast_from(dt[place]) + bias[head];
+            let whole = head / comptime!(plan.parts);
+            let place = call.dt.offset + (batch * call.length + token) * call.dt.row + whole;
+            value = f32::cast_from(dt[place]) + bias[whole];
             if comptime!(plan.softplus) {
                 value = softplus(One::new(value)).extract(0usize);
             }
@@ -89,7 +90,7 @@ pub(super) fn steps<T: Float>(
     sync_cube();
     let mut n = UNIT_POS as usize;
     while n < HEADS {
-        let rate = a[min(first_head + n, call.heads - 1)];
+        let rate = a[min(first_head + n, call.heads - 1) / comptime!(plan.parts)];
         let mut total = 0.0f32;
         for row in 0..comptime!(plan.chunk) {
             total += step[row * HEADS + n] * rate;
@@ -128,11 +129,14 @@ pub(super) fn steps_backward<T: Float>(
     #[define(T)] _dtype: ElemType,
 ) {
     if ABSOLUTE_POS < call.cubes {
-        let head = ABSOLUTE_POS % call.heads;
-        let token = ABSOLUTE_POS / call.heads % call.length;
-        let batch = ABSOLUTE_POS / call.heads / call.length;
+        let parts = comptime!(plan.parts);
+        let heads = call.heads / parts;
+        let head = ABSOLUTE_POS % heads;
+        let token = ABSOLUTE_POS / heads % call.length;
+        let batch = ABSOLUTE_POS / heads / call.length;
         let row = batch * call.length + token;
-        let from = (batch * call.chunks * comptime!(plan.chunk) + token) * call.heads + head;
+        let from =
+            (batch * call.chunks * comptime!(plan.chunk) + token) * call.heads + head * parts;
         let x = f32::cast_from(dt[call.dt.offset + row * call.dt.row + head]) + bias[head];
         let mut step = x;
         let mut slope = 1.0f32;
@@ -143,8 +147,13 @@ pub(super) fn steps_backward<T: Float>(
         if step < low || step > high {
             slope = 0.0f32;
         }
-        let gradient = dsteps[from] * slope;
+        let mut gradient = dsteps[from];
+        #[unroll]
+        for part in 1..parts {
+            gradient += dsteps[from + part];
+        }
+        gradient *= slope;
         ddt[call.ddt.offset + row * call.ddt.row + head] = T::cast_from(gradient);
-        dbias[row * call.heads + head] = gradient;
+        dbias[row * heads + head] = gradient;
     }
 }

@@ -111,6 +111,7 @@ impl Ready {
             ..
         } = self.sizes;
         let like = &self.scan.x.tensor;
+        let parts = self.plan.parts;
         let kept = if keep {
             batch * self.chunks() * self.state_size()
         } else {
@@ -118,7 +119,11 @@ impl Ready {
         };
         [
             empty_like(like, [kept], self.states),
-            empty_like(like, [batch, heads, headdim, state], DType::F32),
+            empty_like(
+                like,
+                [batch, heads / parts, headdim * parts, state],
+                DType::F32,
+            ),
         ]
     }
 

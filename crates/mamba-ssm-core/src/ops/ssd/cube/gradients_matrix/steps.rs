@@ -103,7 +103,7 @@ pub(super) fn store_steps<E: Float>(
                 let direct = tiles.diagonal[base + token]
                     + tiles.pairs[behind + token]
                     + tiles.through[behind + token];
-                dsteps[place] = direct + a[first_head + head] * value;
+                dsteps[place] = direct + a[(first_head + head) / comptime!(plan.parts)] * value;
                 decays[place] = value * tiles.step[base + token];
             }
         }
