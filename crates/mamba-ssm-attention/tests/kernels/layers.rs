@@ -17,16 +17,11 @@ static DRAWING: Mutex<()> = Mutex::new(());
 
 /// A layer on a device, its parameters numbers of their own.
 fn filled<L: Module>(init: impl FnOnce(&Device) -> L, device: &Device) -> L {
-    filled_with(init, device, false)
-}
-
-fn filled_with<L: Module>(init: impl FnOnce(&Device) -> L, device: &Device, short: bool) -> L {
     let layer = init(device);
     // What is drawn here is drawn now, and not when it is read.
     device.sync().expect("a device that works");
     layer.map(&mut Fill {
         start: 0,
-        short,
         gamma: false,
     })
 }
@@ -54,11 +49,12 @@ fn changed_waves<const D: usize>(
     Tensor::from_data(data, to)
 }
 
-/// Gives every parameter numbers of its own.
+/// Gives every parameter numbers of its own, small and of both signs: what one layer rounds must not grow in the next.
+///
+/// bf16 holds them, and a norm's weight times them, as they are. Matrix units round parameters of f32 to the type of the
+/// tokens, as mixed precision does, which Flex does not, and such an error would be the same for all tokens.
 struct Fill {
     start: usize,
-    /// Whether bf16 holds them, and a norm's weight times them, as they are.
-    short: bool,
     /// Whether the parameter is a norm's weight.
     gamma: bool,
 }
@@ -70,16 +66,12 @@ impl ModuleMapper for Fill {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         self.start += 1000;
+        let (start, gamma) = (self.start, self.gamma);
         param.map(|tensor| {
-            let (short, gamma) = (self.short, self.gamma);
             let to = (&tensor.device(), tensor.dtype());
-            let filled = changed_waves(tensor.dims(), self.start, to, |wave| {
-                let number = wave * 0.5 + 0.3;
-                match (short, gamma) {
-                    (false, _) => number,
-                    (true, false) => bf16::from_f32(number).to_f32(),
-                    (true, true) => 2.0f32.powi(wave.round() as i32 - 1),
-                }
+            let filled = changed_waves(tensor.dims(), start, to, |wave| match gamma {
+                true => 2.0f32.powi(wave.round() as i32 - 1),
+                false => bf16::from_f32(wave * 0.5).to_f32(),
             });
             filled.detach().require_grad()
         })
@@ -129,12 +121,11 @@ fn solve<L: Layer>(
     shape: [usize; 3],
     device: &Device,
     dtype: FloatDType,
-    short: bool,
 ) -> Vec<Vec<f64>> {
     let device = device.clone().autodiff();
     let layer = {
         let _drawing = drawing();
-        filled_with(init, &device, short)
+        filled(init, &device)
     };
     let dtype = DType::from(dtype);
     // Read first: what is read on CubeCL's CPU runtime shares memory that later operations may write to.
@@ -151,19 +142,16 @@ fn solve<L: Layer>(
 }
 
 fn check<L: Layer>(what: &str, init: &dyn Fn(&Device) -> L, shape: [usize; 3]) {
+    let expected = solve(init, shape, &Device::flex(), FloatDType::F32);
     for tested in devices() {
         // Kernels of f16 differ from those of bf16 in a type's name; compiling them takes most of the time.
         let types = tested.dtypes.into_iter();
         for dtype in types.filter(|dtype| *dtype != FloatDType::F16) {
-            // Matrix units round parameters of f32 to the type of the tokens, as mixed precision does, which Flex
-            // does not, and such an error is the same for all tokens: they are compared where there is none.
-            let short = dtype != FloatDType::F32;
-            let expected = solve(init, shape, &Device::flex(), FloatDType::F32, short);
-            let found = solve(init, shape, &tested.device, dtype, short);
+            let found = solve(init, shape, &tested.device, dtype);
             // What rounding between a layer's parts does depends on the layer: as much as on Flex, twice over.
             let rounded = match dtype {
                 FloatDType::F32 => expected.clone(),
-                _ => solve(init, shape, &Device::flex(), dtype, short),
+                _ => solve(init, shape, &Device::flex(), dtype),
             };
             let least = match dtype {
                 FloatDType::F32 if tested.tf32 => 5e-3,
