@@ -39,25 +39,61 @@ fn ssd_shapes() -> Vec<[usize; 6]> {
     }
 }
 
+/// How fast states decay: a walk over a segment begins where anything is left of them at its end.
+#[derive(Clone, Copy)]
+enum Decay {
+    /// By 34 a chunk of 64 tokens in the mean, some heads by 2.
+    Random,
+    /// As the official package starts a model: rates 1 to 16, steps 0.001 to 0.1.
+    Start,
+    /// Not at all.
+    None,
+}
+
+/// Rates and the bias of steps.
+fn decay([heads]: [usize; 1], decay: Decay, device: &Device) -> [Tensor<1>; 2] {
+    let between =
+        |low, high| Tensor::<1>::random([heads], Distribution::Uniform(low, high), device);
+    match decay {
+        Decay::Random => [(); 2].map(|()| small([heads], device)),
+        Decay::Start => {
+            let steps = between(0.001f64.ln(), 0.1f64.ln()).exp();
+            [between(-16.0, -1.0), (steps.exp() - 1.0).log()].map(leaf)
+        }
+        Decay::None => [small([heads], device), leaf(between(-11.0, -8.5))],
+    }
+}
+
 fn ssd_group(c: &mut Criterion) {
     let mut group = c.benchmark_group("ssd");
-    // A walk over a segment begins where anything is left of a state at its end. With small steps that is where the
-    // segment begins.
-    let small_steps = ssd_shapes().into_iter().last().map(|shape| (shape, -8.0));
-    let shapes = ssd_shapes().into_iter().map(|shape| (shape, 0.0));
-    for ([b, l, h, p, g, n], shift) in shapes.chain(small_steps) {
-        let steps = if shift == 0.0 { "" } else { ", small steps" };
-        let name = format!("B{b} L{l} H{h} P{p} G{g} N{n}{steps}");
-        let inputs = |device: &Device| SsdInput {
-            x: draw([b, l, h, p], device),
-            dt: draw([b, l, h], device),
-            a: small([h], device),
-            b: draw([b, l, g, n], device),
-            c: draw([b, l, g, n], device),
-            d: Some(small([h], device).into()),
-            z: None,
-            dt_bias: Some(leaf(small([h], device) + shift)),
-            initial_state: None,
+    let longest = ssd_shapes().into_iter().last();
+    let others = [
+        (Decay::Start, ", as a model starts"),
+        (Decay::None, ", no decay"),
+    ];
+    let others = others.map(|kind| longest.map(|shape| (shape, kind)));
+    let shapes = ssd_shapes()
+        .into_iter()
+        .map(|shape| (shape, (Decay::Random, "")));
+    for ([b, l, h, p, g, n], (kind, what)) in shapes.chain(others.into_iter().flatten()) {
+        let name = format!("B{b} L{l} H{h} P{p} G{g} N{n}{what}");
+        let inputs = |device: &Device| {
+            let [a, dt_bias] = decay([h], kind, device);
+            let dt = draw([b, l, h], device);
+            SsdInput {
+                x: draw([b, l, h, p], device),
+                dt: match kind {
+                    Decay::Start => leaf(dt.detach() * 0.1),
+                    _ => dt,
+                },
+                a,
+                b: draw([b, l, g, n], device),
+                c: draw([b, l, g, n], device),
+                d: Some(small([h], device).into()),
+                z: None,
+                dt_bias: Some(dt_bias),
+                initial_state: None,
+            }
         };
         both(&mut group, &name, inputs, |input| {
             ssd(input, &SsdOptions::default()).y

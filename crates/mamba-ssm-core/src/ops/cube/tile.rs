@@ -21,7 +21,7 @@ pub(crate) struct Tile {
 }
 
 impl Tile {
-    fn vectors(&self) -> usize {
+    pub(crate) fn vectors(&self) -> usize {
         self.groups * self.padded / self.vector
     }
 

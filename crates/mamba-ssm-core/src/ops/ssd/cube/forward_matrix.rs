@@ -147,6 +147,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
                 &decays.whole,
                 &mut state,
                 plan,
+                true,
             );
         }
         if comptime!(plan.two_chunks) {

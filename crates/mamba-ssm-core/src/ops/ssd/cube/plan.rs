@@ -166,7 +166,7 @@ impl Plan {
     /// Bytes of shared memory of a walk for states with fragments, of 16-bit tiles.
     fn walk_bytes(&self) -> usize {
         2 * (self.tile_x().size() + self.tile_n().size())
-            + 4 * (self.chunk + 1) * self.heads
+            + 4 * (self.chunk + 3) * self.heads
             + CUBE_BYTES
             + ALIGNMENT
     }

@@ -15,7 +15,6 @@ use super::plan::{Call, Plan};
 use super::states::{
     Direction, begin, chunk_of, last_segment, state_exists, state_place, sum_place, visits,
 };
-use super::steps::carried_step;
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
     LANES, NARROW, Pair, four, four_column, left_transposed, multiply, own_column, own_row, right,
@@ -92,15 +91,15 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
     let mut tiles = WalkTiles::<E> {
         x: Shared::new_aligned_slice(comptime!(tile_x.size()), 128usize),
         b: Shared::new_aligned_slice(comptime!(tile_n.size()), 128usize),
-        weights: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
+        totals: Shared::new_aligned_slice(comptime!(plan.chunk * plan.heads), 16usize),
         decays: Shared::new_slice(comptime!(plan.heads)),
     };
     let mut next = Next::<E, VX, VN> {
         x: Array::new(comptime!(tile_x.shares(units))),
         b: Array::new(comptime!(tile_n.shares(units))),
-        step: Array::new(comptime!(plan.step_shares(plan.walk_units()))),
-        sum: Array::new(comptime!(plan.step_shares(plan.walk_units()))),
-        end: Array::new(comptime!(plan.step_shares(plan.walk_units()))),
+        step: Array::new(comptime!(tile_x.shares(units))),
+        sum: Array::new(comptime!(tile_x.shares(units))),
+        end: Array::new(comptime!(tile_x.shares(units))),
     };
 
     let size = call.heads * comptime!(plan.headdim * plan.state);
@@ -118,7 +117,7 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             own.batch,
             own.segment,
             own.first_head,
-            &mut tiles.weights,
+            &mut tiles.totals,
             call,
             plan,
             mode,
@@ -144,10 +143,11 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             &tiles.x,
             &tiles.b,
             0usize,
-            &tiles.weights,
+            &tiles.totals,
             &tiles.decays,
             &mut state,
             plan,
+            false,
         );
     }
     if comptime!(mode.ends) {
@@ -231,11 +231,11 @@ pub(super) fn weight_place(
 /// Shared memory of a walk for states.
 #[derive(CubeType)]
 struct WalkTiles<E: Float> {
-    /// `[chunk, channels]` and `[chunk, state]`.
+    /// `[chunk, channels]`, weighted, and `[chunk, state]`.
     x: Shared<[E]>,
     b: Shared<[E]>,
-    /// `[heads, chunk]`.
-    weights: Shared<[f32]>,
+    /// Sums of decays over chunks, while it is found where to begin.
+    totals: Shared<[f32]>,
     /// Over the whole chunk, `[heads]`.
     decays: Shared<[f32]>,
 }
@@ -246,6 +246,7 @@ struct WalkTiles<E: Float> {
 struct Next<E: Float, VX: Size, VN: Size> {
     x: Array<Vector<E, VX>>,
     b: Array<Vector<E, VN>>,
+    /// Of the token and head of each vector of x.
     step: Array<f32>,
     /// Sums of the decays, to the token and over the whole chunk.
     sum: Array<f32>,
@@ -268,20 +269,31 @@ fn fetch_next<E: Float, VX: Size, VN: Size>(
     let units = comptime!(plan.walk_units());
     fetch_channels::<E, VX>(x, chunk, own, &mut next.x, call, plan, units);
     fetch_group::<E, VN>(b, &call.b, chunk, own, &mut next.b, call, plan, units);
+    let last = comptime!(plan.chunk - 1).runtime();
     #[unroll]
-    for share in 0..comptime!(plan.step_shares(plan.walk_units())) {
-        let (token, head) = carried_step(share, units, plan);
-        let last = comptime!(plan.chunk - 1).runtime();
-        let token = min(token, last);
-        let place = weight_place(token, head, chunk, own, call, plan);
-        let end = weight_place(last, head, chunk, own, call, plan);
+    for share in 0..comptime!(plan.tile_x().shares(units)) {
+        let (token, channel) = carried_channel(share, units, plan);
+        let head = channel / comptime!(plan.headdim_padded());
+        let place = weight_place(min(token, last), head, chunk, own, call, plan);
         next.step[share] = steps[place];
         next.sum[share] = sums[place];
-        next.end[share] = sums[end];
+        next.end[share] = sums[weight_place(last, head, chunk, own, call, plan)];
     }
 }
 
-/// Writes what [`fetch_next`] read into shared memory; the weights and the decay over the chunk are found here.
+/// Token and first channel of a vector of x that a unit carries; the last may be past the chunk.
+#[cube]
+fn carried_channel(
+    #[comptime] share: usize,
+    #[comptime] units: usize,
+    #[comptime] plan: Plan,
+) -> (usize, usize) {
+    let n = UNIT_POS as usize + comptime!(share * units);
+    let vectors = comptime!(plan.tile_x().vectors());
+    (n / vectors, n % vectors * comptime!(plan.vector_x))
+}
+
+/// Writes what [`fetch_next`] read into shared memory, x times its weights, and the decay over the chunk.
 #[cube]
 fn put_next<E: Float, VX: Size, VN: Size>(
     next: &Next<E, VX, VN>,
@@ -290,39 +302,28 @@ fn put_next<E: Float, VX: Size, VN: Size>(
     #[comptime] mode: Direction,
 ) {
     let units = comptime!(plan.walk_units());
-    put::<E, VX>(
-        &next.x,
-        &mut tiles.x,
-        0usize,
-        comptime!(plan.tile_x()),
-        units,
-    );
-    put::<E, VN>(
-        &next.b,
-        &mut tiles.b,
-        0usize,
-        comptime!(plan.tile_n()),
-        units,
-    );
+    let (tile_x, tile_n) = comptime!((plan.tile_x(), plan.tile_n()));
+    put::<E, VN>(&next.b, &mut tiles.b, 0usize, tile_n, units);
+    let mut weighted = Array::<Vector<E, VX>>::new(comptime!(tile_x.shares(units)));
     #[unroll]
-    for share in 0..comptime!(plan.step_shares(plan.walk_units())) {
-        let (token, head) = carried_step(share, units, plan);
+    for share in 0..comptime!(tile_x.shares(units)) {
         let (sum, end) = (next.sum[share], next.end[share]);
-        if token < comptime!(plan.chunk) {
-            let weight = if comptime!(mode.backwards) {
-                sum.exp()
-            } else {
-                (end - sum).exp() * next.step[share]
-            };
-            tiles.weights[head * comptime!(plan.chunk) + token] = weight;
-        }
-        if token == 0 {
-            tiles.decays[head] = end.exp();
+        let weight = if comptime!(mode.backwards) {
+            sum.exp()
+        } else {
+            (end - sum).exp() * next.step[share]
+        };
+        let wide = Vector::<f32, VX>::cast_from(next.x[share]) * Vector::new(weight);
+        weighted[share] = Vector::<E, VX>::cast_from(wide);
+        let (token, channel) = carried_channel(share, units, plan);
+        if token == 0 && channel % comptime!(plan.headdim_padded()) == 0 {
+            tiles.decays[channel / comptime!(plan.headdim_padded())] = end.exp();
         }
     }
+    put::<E, VX>(&weighted, &mut tiles.x, 0usize, tile_x, units);
 }
 
-/// `state <- decay state + (weights x)^T b`, of the chunk at row `first` of the tiles.
+/// `state <- decay state + (weights x)^T b`, of the chunk at row `first` of the tiles; x may be weighted already.
 #[cube]
 pub(super) fn advance<E: Float>(
     x_tile: &Shared<[E]>,
@@ -332,6 +333,7 @@ pub(super) fn advance<E: Float>(
     decays: &Shared<[f32]>,
     state: &mut Array<Pair<f32>>,
     #[comptime] plan: Plan,
+    #[comptime] weigh: bool,
 ) {
     let part = part(plan);
     let row = part.row;
@@ -348,13 +350,17 @@ pub(super) fn advance<E: Float>(
         let token = comptime!(step * SIDE);
         let k = first + token;
         let values = left_transposed::<E>(x_tile, row, k, comptime!(plan.stride_x()));
+        let mut weighted = Array::<Pair<E>>::new(4usize);
         let at = first * comptime!(plan.heads) + head * comptime!(plan.chunk);
         let at = (at + token + own_column()) / 2;
-        let mut weighted = Array::<Pair<E>>::new(4usize);
         #[unroll]
         for n in 0..4usize {
-            let weight = weights[at + comptime!(n / 2 * 4)];
-            weighted[n] = Pair::<E>::cast_from(Pair::<f32>::cast_from(values[n]) * weight);
+            if comptime!(weigh) {
+                let weight = weights[at + comptime!(n / 2 * 4)];
+                weighted[n] = Pair::<E>::cast_from(Pair::<f32>::cast_from(values[n]) * weight);
+            } else {
+                weighted[n] = values[n];
+            }
         }
         #[unroll]
         for n in 0..comptime!(plan.state_columns() / SIDE) {
