@@ -4,7 +4,7 @@ use burn::tensor::{DType, Device, FloatDType, Gradients, Tensor, TensorData};
 use mamba_ssm_core::{ConvInput, GatedNormInput, GatedNormOptions, causal_conv1d, gated_rms_norm};
 
 use crate::kernels::{compare, devices, leaf, rounded};
-use crate::support::{normal, values};
+use crate::support::{normal, seed, values};
 
 type Named = Vec<(&'static str, Vec<f64>)>;
 
@@ -78,7 +78,7 @@ fn convolutions() {
     for (device, dtypes) in devices() {
         for (index, (batch, length, channels, width)) in shapes.into_iter().enumerate() {
             for dtype in dtypes.clone() {
-                flex.seed(17);
+                seed(17);
                 let input = ConvInput {
                     x: rounded(normal([batch, length, channels], &flex), dtype),
                     weight: rounded(normal([channels, width], &flex), FloatDType::F32),
@@ -134,7 +134,7 @@ fn gated_norms() {
     for (device, dtypes) in devices() {
         for (index, (batch, length, dim, group)) in shapes.into_iter().enumerate() {
             for dtype in dtypes.clone() {
-                flex.seed(19);
+                seed(19);
                 let input = GatedNormInput {
                     x: rounded(normal([batch, length, dim], &flex), dtype),
                     z: (index != 2).then(|| rounded(normal([batch, length, dim], &flex), dtype)),

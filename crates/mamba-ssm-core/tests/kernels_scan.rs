@@ -4,7 +4,7 @@ use burn::tensor::{DType, Device, FloatDType, Gradients, Tensor, TensorData};
 use mamba_ssm_core::{ScanInput, ScanOptions, ScanOutput, selective_scan};
 
 use crate::kernels::{compare, devices, leaf, rounded};
-use crate::support::{assert_close, normal, uniform, values};
+use crate::support::{assert_close, normal, seed, uniform, values};
 
 type Named = Vec<(&'static str, Vec<f64>)>;
 
@@ -174,7 +174,7 @@ fn check(
 fn check_everywhere(s: Shape, layouts: &[ChannelsLast]) {
     for (device, dtypes) in devices() {
         for dtype in dtypes {
-            Device::flex().seed(7);
+            seed(7);
             let input = operands(s, dtype);
             for layout in layouts {
                 let options = ScanOptions::default();
@@ -287,7 +287,7 @@ fn scans_of_long_sequences() {
 fn scans_that_remember() {
     for (device, dtypes) in devices() {
         for dtype in dtypes {
-            Device::flex().seed(9);
+            seed(9);
             let input = operands(
                 Shape {
                     length: 127,
@@ -311,7 +311,7 @@ fn scans_that_remember() {
 fn scans_without_what_they_may_lack() {
     for (device, dtypes) in devices() {
         for dtype in dtypes {
-            Device::flex().seed(11);
+            seed(11);
             let full = operands(
                 Shape {
                     length: 37,
@@ -363,7 +363,7 @@ fn on(input: &ScanInput, device: &Device, dtype: FloatDType) -> ScanInput {
 #[test]
 fn scans_of_parts_join_to_the_whole() {
     for (device, _) in devices() {
-        Device::flex().seed(13);
+        seed(13);
         let input = operands(
             Shape {
                 length: 65,
@@ -399,7 +399,7 @@ fn scans_of_parts_join_to_the_whole() {
 fn scans_repeat_to_the_bit() {
     for (device, dtypes) in devices() {
         for dtype in dtypes {
-            Device::flex().seed(15);
+            seed(15);
             let shape = Shape {
                 dim: 40,
                 length: 64,

@@ -7,7 +7,7 @@ use mamba_ssm_core::{
 };
 
 use crate::kernels::devices;
-use crate::support::{assert_close, normal, uniform, values};
+use crate::support::{assert_close, normal, seed, uniform, values};
 
 /// One more than a multiple of every chunk.
 const LENGTH: usize = 1_048_577;
@@ -61,7 +61,7 @@ fn slow_rates<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
 #[test]
 fn ssd_of_a_million_tokens() {
     for device in fast_devices() {
-        Device::flex().seed(31);
+        seed(31);
         let device = device.autodiff();
         let input = SsdInput {
             x: random([1, LENGTH, 1, 4], &device),
@@ -110,7 +110,7 @@ fn ssd_of_a_million_tokens() {
 #[test]
 fn scans_of_a_million_tokens() {
     for device in fast_devices() {
-        Device::flex().seed(32);
+        seed(32);
         let input = ScanInput {
             u: random([1, 2, LENGTH], &device),
             delta: random([1, 2, LENGTH], &device),
@@ -146,7 +146,7 @@ fn scans_of_a_million_tokens() {
 #[test]
 fn convolutions_of_a_million_tokens() {
     for device in fast_devices() {
-        Device::flex().seed(33);
+        seed(33);
         let x = random([1, LENGTH, 4], &device);
         let input = ConvInput {
             x: x.clone(),
@@ -183,7 +183,7 @@ fn ssd_of_more_than_4_billion_elements() {
         if !format!("{device:?}").contains("Cuda") {
             continue;
         }
-        Device::flex().seed(34);
+        seed(34);
         let tile = |width: [usize; 2]| {
             let [first, second] = width;
             normal([batch, TILE, first, second], &Device::flex()).cast(DType::BF16)

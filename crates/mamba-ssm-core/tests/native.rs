@@ -9,7 +9,7 @@ use mamba_ssm_core::{
 };
 
 use crate::kernels::{compare, leaf};
-use crate::support::{assert_close, normal, relative_l2, uniform, values};
+use crate::support::{assert_close, normal, relative_l2, seed, uniform, values};
 
 type Named = Vec<(&'static str, Vec<f64>)>;
 
@@ -113,7 +113,7 @@ fn ssd_agrees_with_the_definition_on_every_size() {
         [2, 4_201, 2, 3, 1, 5],
     ];
     for (index, shape) in shapes.into_iter().enumerate() {
-        Device::flex().seed(index as u64);
+        seed(index as u64);
         let mut input = ssd_operands(shape);
         if index % 3 == 1 {
             input.d = Some(normal([shape[2], shape[3]], &Device::flex()).into());
@@ -195,7 +195,7 @@ fn selective_scan_agrees_with_the_definition_on_every_size() {
         [1, 40, 1_000, 2, 16],
     ];
     for (index, shape) in shapes.into_iter().enumerate() {
-        Device::flex().seed(index as u64);
+        seed(index as u64);
         let mut input = scan_operands(shape);
         let mut options = ScanOptions::default();
         if index % 3 == 1 {
@@ -217,7 +217,7 @@ fn selective_scan_agrees_with_the_definition_on_every_size() {
 #[test]
 fn extreme_steps_and_rates_leave_no_nan() {
     let flex = Device::flex();
-    flex.seed(3);
+    seed(3);
     let mut input = ssd_operands([1, 200, 4, 16, 1, 16]);
     input.dt = uniform([1, 200, 4], (-50.0, 50.0), &flex);
     input.a = Tensor::from_data(
@@ -249,8 +249,7 @@ fn finite_and_close(found: &Named, expected: &Named) {
 
 #[test]
 fn a_sequence_split_anywhere_gives_the_output_of_one_pass() {
-    let flex = Device::flex();
-    flex.seed(9);
+    seed(9);
     let length = 150;
     let f32 = |tensor: Tensor<4>| tensor.cast(FloatDType::F32);
     let input = ssd_operands([1, length, 3, 8, 1, 16]);
@@ -374,7 +373,7 @@ fn stacks_in_f32_agree_with_stacks_in_f64() {
         Mamba1Config::new(20).into(),
     ];
     for layer in layers {
-        flex.seed(13);
+        seed(13);
         let stack = MambaStackConfig::new(layer, 2).init(&flex);
         let x = normal([2, 77, stack_width(&stack)], &flex);
         let narrow = values(&stack.forward(x.clone().cast(FloatDType::F32)));

@@ -8,7 +8,7 @@ use mamba_ssm_core::{
 };
 
 use crate::kernels::{devices, tolerance};
-use crate::support::{assert_close, normal, values};
+use crate::support::{assert_close, normal, seed, values};
 
 const BATCH: usize = 3;
 const LENGTH: usize = 7;
@@ -49,7 +49,7 @@ fn free() -> Vec<Device> {
 /// The stack on a device, and a sequence.
 fn problem(config: &MambaStackConfig, device: &Device) -> (MambaStack, Tensor<3>) {
     let flex = Device::flex();
-    flex.seed(11);
+    seed(11);
     let source = config.init(&flex);
     let mut stack = config.init(device);
     stack

@@ -1,17 +1,51 @@
 //! Random operands, relative errors, finite differences.
 
-use burn::tensor::{DType, Device, Distribution, Tensor, TensorData};
+use std::cell::Cell;
+use std::f64::consts::TAU;
 
-/// The device under test, with its own random stream.
-pub fn device(seed: u64) -> Device {
-    let device = Device::flex();
-    device.seed(seed);
-    device
+use burn::tensor::{DType, Device, Tensor, TensorData};
+
+thread_local! {
+    /// The random stream of a test. A device has one for all tests, which run side by side: what one of them drew
+    /// would depend on the others.
+    static STREAM: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Starts the test's random stream, and the device's, from which layers draw their parameters.
+pub fn seed(seed: u64) {
+    STREAM.set(seed << 32);
+    Device::flex().seed(seed);
+}
+
+/// The device under test, with random streams of their own.
+pub fn device(start: u64) -> Device {
+    seed(start);
+    Device::flex()
+}
+
+/// The next number of the stream, uniform and above zero (SplitMix64).
+fn draw() -> f64 {
+    let state = STREAM.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
+    STREAM.set(state);
+    let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (((z ^ (z >> 31)) >> 11) + 1) as f64 / (1u64 << 53) as f64
+}
+
+fn drawn<const D: usize>(
+    shape: [usize; D],
+    device: &Device,
+    number: impl Fn() -> f64,
+) -> Tensor<D> {
+    let numbers: Vec<f64> = (0..shape.iter().product()).map(|_| number()).collect();
+    Tensor::from_data(TensorData::new(numbers, shape), (device, DType::F64))
 }
 
 /// Normal numbers in f64.
 pub fn normal<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), (device, DType::F64))
+    drawn(shape, device, || {
+        (-2.0 * draw().ln()).sqrt() * (TAU * draw()).cos()
+    })
 }
 
 /// Uniform numbers in f64.
@@ -20,11 +54,7 @@ pub fn uniform<const D: usize>(
     (low, high): (f64, f64),
     device: &Device,
 ) -> Tensor<D> {
-    Tensor::random(
-        shape,
-        Distribution::Uniform(low, high),
-        (device, DType::F64),
-    )
+    drawn(shape, device, || low + (high - low) * draw())
 }
 
 /// All elements, row by row.

@@ -7,7 +7,7 @@
 //!
 //! A cube owns a tile of channels of one batch entry, a plane 16 of them and a part of their state, which
 //! stays where the products are summed: in registers. The next chunk is on its way from memory while this
-//! one is multiplied. Bytes: as in `states`.
+//! one is multiplied; x meets its weights on the way into shared memory. Bytes: as in `states`.
 
 use cubecl::prelude::*;
 
@@ -323,7 +323,8 @@ fn put_next<E: Float, VX: Size, VN: Size>(
     put::<E, VX>(&weighted, &mut tiles.x, 0usize, tile_x, units);
 }
 
-/// `state <- decay state + (weights x)^T b`, of the chunk at row `first` of the tiles; x may be weighted already.
+/// `state <- decay state + (weights x)^T b`, of the chunk at row `first` of the tiles; where x is not to be weighted, since
+/// it is already, `weights` is not read.
 #[cube]
 pub(super) fn advance<E: Float>(
     x_tile: &Shared<[E]>,

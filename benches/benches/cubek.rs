@@ -1,0 +1,61 @@
+//! The backward pass of attention that cubek-attention has: what there was to be had before kernels of our own.
+//!
+//! `cargo bench -p benches --features cuda,cubek --bench cubek`. Its forward pass is what Burn's `attention` runs, which
+//! the benchmark `attention` times. It returns no statistics of its rows, which the backward pass wants; this takes some,
+//! and f32, the one type it has. Times do not depend on the numbers.
+
+use std::time::{Duration, Instant};
+
+use benches::config;
+use criterion::{Criterion, criterion_group, criterion_main};
+use cubecl::prelude::*;
+use cubecl::std::tensor::TensorHandle;
+use cubek_attention::backward::{BackwardConfig, flash_attention_backward};
+use cubek_attention::forward::definition::AttentionGlobalTypes;
+
+fn backward(c: &mut Criterion) {
+    let client = cubecl::Device::default().client();
+    let dtype = f32::elem_type_native();
+    let types = AttentionGlobalTypes::from_single_float_dtype(
+        dtype,
+        AttentionGlobalTypes::mask_dtype(&client),
+    );
+    let finish = || cubecl::future::block_on(client.sync()).expect("the device works");
+    let mut group = c.benchmark_group("cubek-attention");
+    for [b, h, l, d] in [[32, 8, 2048, 8], [32, 8, 2048, 64], [4, 16, 8192, 64]] {
+        let [q, k, v, out, dout, dq, dk, dv] =
+            [(); 8].map(|()| TensorHandle::zeros(&client, [b, h, l, d], dtype));
+        let lse = TensorHandle::zeros(&client, [b, h, l], dtype);
+        let config = BackwardConfig {
+            causal: true,
+            ..BackwardConfig::from_head_dim(d)
+        };
+        let run = || {
+            let read = [&q, &k, &v, &out, &lse, &dout].map(|tensor| tensor.clone().binding());
+            let [q, k, v, out, lse, dout] = read;
+            let [dq, dk, dv] = [&dq, &dk, &dv].map(|tensor| tensor.clone().binding());
+            let config = config.clone();
+            flash_attention_backward(&client, q, k, v, out, lse, dout, dq, dk, dv, &types, config)
+                .expect("a size it has");
+        };
+        group.bench_function(format!("B{b} H{h} L{l} D{d}/backward, f32"), |bench| {
+            bench.iter_custom(|calls| -> Duration {
+                finish();
+                let start = Instant::now();
+                for _ in 0..calls {
+                    run();
+                }
+                finish();
+                start.elapsed()
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = config();
+    targets = backward
+}
+criterion_main!(benches);
