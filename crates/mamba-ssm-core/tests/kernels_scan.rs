@@ -250,7 +250,8 @@ fn scans_of_any_state() {
 #[test]
 fn scans_of_many_sizes() {
     // A kernel per size and layout: each costs seconds to compile.
-    let sizes = [(1, 50), (33, 17), (72, 80)];
+    // Several channels at least: D's gradient of one is one number, in which terms of both signs cancel.
+    let sizes = [(5, 50), (33, 17), (72, 80)];
     for (n, state) in [2, 8, 16, 32, 128, 129, 256].into_iter().enumerate() {
         let (dim, length) = sizes[n % sizes.len()];
         let shape = Shape {
