@@ -6,21 +6,12 @@
 
 use std::cell::OnceCell;
 
-use benches::{ACCELERATOR, both, config, draw, queue};
+use benches::{ACCELERATOR, ATTENTION, both, config, draw, queue};
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Device, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
 use mamba_ssm_attention::{FlashAttentionOptions, TransformerConfig, flash_attention};
-
-/// Batch, heads, length, head_dim.
-fn shapes() -> Vec<[usize; 4]> {
-    if ACCELERATOR {
-        vec![[32, 8, 2048, 8], [32, 8, 2048, 64], [4, 16, 8192, 64]]
-    } else {
-        vec![[1, 8, 2048, 8], [1, 8, 2048, 64], [1, 1, 8192, 64]]
-    }
-}
 
 /// Burn's own, of which it has the forward pass.
 fn burns([q, k, v]: [Tensor<4>; 3]) -> Tensor<4> {
@@ -35,7 +26,7 @@ fn operator(c: &mut Criterion) {
     let device = Device::default();
     let options = FlashAttentionOptions::causal();
     let mut group = c.benchmark_group("flash_attention");
-    for shape in shapes() {
+    for shape in ATTENTION {
         let [b, h, l, d] = shape;
         let name = format!("B{b} H{h} L{l} D{d}");
         let inputs = |device: &Device| [(); 3].map(|()| draw(shape, device));

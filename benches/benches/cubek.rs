@@ -4,9 +4,8 @@
 //! the benchmark `attention` times. It returns no statistics of its rows, which the backward pass wants; this takes some,
 //! and f32, the one type it has. Times do not depend on the numbers.
 
-use std::time::{Duration, Instant};
-
-use benches::config;
+use benches::{ATTENTION, config, queue};
+use burn::tensor::Device;
 use criterion::{Criterion, criterion_group, criterion_main};
 use cubecl::prelude::*;
 use cubecl::std::tensor::TensorHandle;
@@ -20,9 +19,10 @@ fn backward(c: &mut Criterion) {
         dtype,
         AttentionGlobalTypes::mask_dtype(&client),
     );
-    let finish = || cubecl::future::block_on(client.sync()).expect("the device works");
+    // The same one: what Burn waits for is what this client has queued.
+    let device = Device::default();
     let mut group = c.benchmark_group("cubek-attention");
-    for [b, h, l, d] in [[32, 8, 2048, 8], [32, 8, 2048, 64], [4, 16, 8192, 64]] {
+    for [b, h, l, d] in ATTENTION {
         let [q, k, v, out, dout, dq, dk, dv] =
             [(); 8].map(|()| TensorHandle::zeros(&client, [b, h, l, d], dtype));
         let lse = TensorHandle::zeros(&client, [b, h, l], dtype);
@@ -39,15 +39,7 @@ fn backward(c: &mut Criterion) {
                 .expect("a size it has");
         };
         group.bench_function(format!("B{b} H{h} L{l} D{d}/backward, f32"), |bench| {
-            bench.iter_custom(|calls| -> Duration {
-                finish();
-                let start = Instant::now();
-                for _ in 0..calls {
-                    run();
-                }
-                finish();
-                start.elapsed()
-            });
+            bench.iter_custom(|calls| queue(&device, calls, run));
         });
     }
     group.finish();

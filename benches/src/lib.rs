@@ -9,6 +9,11 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion};
 
+/// Memory of results goes back and forth at every call: this one keeps it, where the system's would take it back and
+/// bring it in again page by page.
+#[global_allocator]
+static MEMORY: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Whether the default device is an accelerator: sizes that suit one would take minutes on a CPU.
 pub const ACCELERATOR: bool = cfg!(any(
     feature = "cuda",
@@ -26,6 +31,13 @@ pub fn dtype(device: &Device) -> DType {
         DType::F32
     }
 }
+
+/// Batch, heads, length and head_dim of the benchmarks of attention.
+pub const ATTENTION: [[usize; 4]; 3] = if ACCELERATOR {
+    [[32, 8, 2048, 8], [32, 8, 2048, 64], [4, 16, 8192, 64]]
+} else {
+    [[1, 8, 2048, 8], [1, 8, 2048, 64], [1, 1, 8192, 64]]
+};
 
 /// Of what is drawn: the time of some work depends on its numbers.
 const SEED: u64 = 1;

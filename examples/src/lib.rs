@@ -21,3 +21,8 @@ pub mod run;
 pub mod scoring;
 
 pub use error::{Error, Result};
+
+/// Every step of training allocates what the step before gave back. The system's allocator returns it in between, and
+/// brings it in again page by page: up to 40 % of a step on a CPU (`docs/performance.md`).
+#[global_allocator]
+static MEMORY: mimalloc::MiMalloc = mimalloc::MiMalloc;
