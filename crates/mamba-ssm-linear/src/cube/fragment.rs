@@ -185,6 +185,18 @@ pub fn four(first: Pair<f32>, second: Pair<f32>) -> Vector<f32, Const<4>> {
     values
 }
 
+/// [`four`] of numbers of 16 bits: a pair is one word to pass on.
+#[cube]
+pub fn four_narrow<E: Float>(first: Pair<E>, second: Pair<E>) -> Vector<E, Const<4>> {
+    let odd = UNIT_POS_PLANE % 2 == 1;
+    let (one, other) = (u32::reinterpret(first), u32::reinterpret(second));
+    let given = plane_shuffle_xor(select(odd, one, other), 1u32);
+    let mut words = Vector::<u32, Const<2>>::new(0u32);
+    words.insert(0usize, select(odd, given, one));
+    words.insert(1usize, select(odd, other, given));
+    Vector::<E, Const<4>>::reinterpret(words)
+}
+
 /// Where in two blocks the unit's [`four`] columns begin.
 #[cube]
 pub fn four_column() -> usize {

@@ -23,10 +23,14 @@ use super::plan::{Call, Plan};
 use super::scores_matrix::scores_size;
 use super::states::{Direction, last_segment, state_exists, state_place, visits};
 use super::states_matrix::{
-    Share, advance, fetch_channels, fetch_group, load_state, part, share, store_state, weight_place,
+    Share, add_products, decay_state, fetch_channels, fetch_group, load_state, part, share,
+    store_state, weight_place, zero_state,
 };
 use super::steps::{bounded, carried_step, last_of_block};
-use crate::ops::cube::fragment::{LANES, NARROW, Pair, own_pair, own_row, zero_sums};
+use crate::ops::cube::SIDE;
+use crate::ops::cube::fragment::{
+    LANES, NARROW, Pair, left_transposed, own_column, own_pair, own_row,
+};
 use crate::ops::cube::tile::put;
 
 /// Vectors of a tile's state that a unit writes.
@@ -84,7 +88,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
         whole: Array::new(comptime!(plan.step_shares(plan.forward_units()))),
     };
     let size = call.heads * comptime!(plan.headdim * plan.state);
-    let mut state = zero_sums(comptime!(plan.state_columns() / NARROW));
+    let mut state = zero_state(plan);
     if comptime!(mode.start) {
         let entry = (own.batch * call.segments + own.segment) * size;
         if has_channels(plan) {
@@ -138,17 +142,7 @@ pub(super) fn forward_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             fetch_rest::<E, VX, VN>(x, b, steps, sums, chunk + 1, &own, &mut next, call, plan);
         }
         if has_channels(plan) {
-            let decays = &tiles.decays;
-            advance::<E>(
-                &tiles.x,
-                &tiles.b,
-                first,
-                &decays.weight,
-                &decays.whole,
-                &mut state,
-                plan,
-                true,
-            );
+            advance::<E>(&tiles, first, &mut state, plan);
         }
         if comptime!(plan.two_chunks) {
             if more {
@@ -305,6 +299,37 @@ fn put_rest<E: Float, VX: Size, VN: Size>(
             let at = first / comptime!(plan.chunk) * comptime!(plan.heads) + head;
             decays.whole[at] = next.whole[share].exp();
         }
+    }
+}
+
+/// `state <- decay state + (weights x)^T b`, of the chunk at row `first` of the tiles.
+#[cube]
+fn advance<E: Float>(
+    tiles: &Tiles<E>,
+    first: usize,
+    state: &mut Array<Pair<f32>>,
+    #[comptime] plan: Plan,
+) {
+    decay_state(&tiles.decays.whole, first, state, plan);
+    let weights = &tiles.decays.weight;
+    let weights = weights.as_vectorized().with_vector_size::<Const<2>>();
+    let row = part(plan).row;
+    let head = row / comptime!(plan.headdim_padded());
+    #[unroll]
+    for step in 0..comptime!(plan.chunk / SIDE) {
+        let token = comptime!(step * SIDE);
+        let k = first + token;
+        let mut values = left_transposed::<E>(&tiles.x, row, k, comptime!(plan.stride_x()));
+        let at = first * comptime!(plan.heads) + head * comptime!(plan.chunk);
+        let at = (at + token + own_column()) / 2;
+        #[unroll]
+        for n in 0..4usize {
+            let weight = weights[at + comptime!(n / 2 * 4)];
+            values[n] = Pair::<E>::cast_from(Pair::<f32>::cast_from(values[n]) * weight);
+        }
+        let mut blocks = Sequence::<Array<Pair<E>>>::new();
+        blocks.push(values);
+        add_products::<E>(&blocks, &tiles.b, k, state, plan);
     }
 }
 

@@ -15,8 +15,8 @@ use super::scores_matrix::read_scores;
 use super::steps::bounded;
 use crate::ops::cube::SIDE;
 use crate::ops::cube::fragment::{
-    LANES, NARROW, Pair, four, four_column, left, multiply, own_column, own_pair, own_row, right,
-    right_transposed, zero_sums,
+    LANES, NARROW, Pair, four_column, four_narrow, left, multiply, own_column, own_pair, own_row,
+    right, right_transposed, zero_sums,
 };
 
 /// What a chunk's outputs are made of, in shared memory; of two chunks in turn, where there is room, but for the
@@ -365,30 +365,55 @@ pub(super) fn store<E: Float>(
     #[comptime] columns: usize,
     #[comptime] plan: Plan,
 ) {
+    let whole = comptime!(plan.vector_x >= 4 && plan.headdim.is_multiple_of(SIDE));
+    if whole && place.rows >= comptime!(plan.chunk) {
+        store_whole::<E>(out, y, place, columns);
+    } else {
+        store_existing::<E>(out, y, place, columns, plan);
+    }
+}
+
+/// As [`store`], where all of them exist: without branches in between, no write waits for the numbers of another.
+#[cube]
+fn store_whole<E: Float>(
+    out: &Array<Pair<f32>>,
+    y: &mut [E],
+    place: &Placed,
+    #[comptime] columns: usize,
+) {
+    let y = y.as_vectorized_mut().with_vector_size_mut::<Const<4>>();
+    #[unroll]
+    for half in 0..2usize {
+        let row = place.token + own_row() + comptime!(half * 8);
+        let to = (place.to + row * place.row + place.channel + four_column()) / 4;
+        #[unroll]
+        for n in 0..comptime!(columns / SIDE) {
+            let first = Pair::<E>::cast_from(out[comptime!(4 * n + half)]);
+            let second = Pair::<E>::cast_from(out[comptime!(4 * n + 2 + half)]);
+            y[to + comptime!(n * SIDE / 4)] = four_narrow::<E>(first, second);
+        }
+    }
+}
+
+/// As [`store`], each where it exists.
+#[cube]
+fn store_existing<E: Float>(
+    out: &Array<Pair<f32>>,
+    y: &mut [E],
+    place: &Placed,
+    #[comptime] columns: usize,
+    #[comptime] plan: Plan,
+) {
+    let y = y.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
     #[unroll]
     for half in 0..2usize {
         let row = place.token + own_row() + comptime!(half * 8);
         let to = place.to + row * place.row;
         #[unroll]
-        for n in 0..comptime!(columns / SIDE) {
-            let first = out[comptime!(4 * n + half)];
-            let second = out[comptime!(4 * n + 2 + half)];
-            if comptime!(plan.vector_x >= 4) {
-                let values = four(first, second);
-                let inside = place.channel + comptime!(n * SIDE) + four_column();
-                if row < place.rows && inside < comptime!(plan.headdim) {
-                    let y = y.as_vectorized_mut().with_vector_size_mut::<Const<4>>();
-                    y[(to + inside) / 4] = Vector::<E, Const<4>>::cast_from(values);
-                }
-            } else {
-                let y = y.as_vectorized_mut().with_vector_size_mut::<Const<2>>();
-                let inside = place.channel + comptime!(n * SIDE) + own_column();
-                if row < place.rows && inside < comptime!(plan.headdim) {
-                    y[(to + inside) / 2] = Pair::<E>::cast_from(first);
-                }
-                if row < place.rows && inside + NARROW < comptime!(plan.headdim) {
-                    y[(to + inside + NARROW) / 2] = Pair::<E>::cast_from(second);
-                }
+        for n in 0..comptime!(columns / NARROW) {
+            let inside = place.channel + comptime!(n * NARROW) + own_column();
+            if row < place.rows && inside < comptime!(plan.headdim) {
+                y[(to + inside) / 2] = Pair::<E>::cast_from(out[comptime!(2 * n + half)]);
             }
         }
     }

@@ -44,6 +44,8 @@ pub(super) struct Plan {
     pub(super) two_tiles: bool,
     /// Parts of the state that planes of the same channels have in walks with fragments.
     pub(super) state_parts: usize,
+    /// Blocks of 16 channels that a plane of a walk for states has; one where the walk finds outputs too.
+    pub(super) row_blocks: usize,
     /// Whether the states between chunks are kept in the type of the tiles.
     pub(super) kept_as_tile: bool,
 }
@@ -91,12 +93,15 @@ impl Plan {
     }
 
     /// The plan of a walk for states alone, with fragments: as many heads as a cube has planes for, which then
-    /// share what is read of B, and two planes to the state of a head's channels. (A walk that finds outputs too
-    /// is better off in small cubes, which do not wait for each other: `docs/performance.md`.)
+    /// share what is read of B, and two planes to the state of a head's channels, each of two blocks of them where a
+    /// head has so many: what a plane reads of x and of B is then multiplied twice and four times. (A walk that finds
+    /// outputs too is better off in small cubes, which do not wait for each other: `docs/performance.md`.)
     pub(super) fn for_states(self, sizes: &Sizes, hardware: &HardwareProperties) -> Self {
         let halves = self.state_padded().is_multiple_of(2 * SIDE);
+        let pairs = halves && self.headdim_padded().is_multiple_of(2 * SIDE);
         let plan = Self {
             state_parts: if halves { 2 } else { 1 },
+            row_blocks: if pairs { 2 } else { 1 },
             ..self
         };
         let wider = (1..=sizes.heads_per_group())
@@ -119,9 +124,9 @@ impl Plan {
         self.state_padded() / self.state_parts
     }
 
-    /// Planes of a walk: one for 16 channels and a part of the state.
+    /// Planes of a walk: one for a block or two of 16 channels and a part of the state.
     fn walk_planes(&self) -> usize {
-        self.channels() / SIDE * self.state_parts
+        self.channels() / SIDE / self.row_blocks * self.state_parts
     }
 
     pub(super) fn walk_units(&self) -> usize {
@@ -175,7 +180,7 @@ impl Plan {
     /// chunk, beside its state, than leaves the products enough.
     fn is_short_of_registers(&self) -> bool {
         let waiting = self.chunk * (self.channels() + 2 * self.state_padded()) / 2;
-        let state = self.state_columns() * SIDE / LANES;
+        let state = self.state_columns() * self.row_blocks * SIDE / LANES;
         waiting / self.forward_units() + state > ENOUGH_REGISTERS
     }
 
@@ -432,6 +437,7 @@ pub(super) fn plan(
             two_chunks: false,
             two_tiles: false,
             state_parts: 1,
+            row_blocks: 1,
             kept_as_tile: states_dtype(tile) == tile,
         };
         let plan = Plan {

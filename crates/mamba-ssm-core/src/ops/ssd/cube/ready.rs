@@ -23,7 +23,7 @@ const ENOUGH_CUBES: usize = 512;
 /// sequence, more only lengthen the passing from segment to segment (`docs/performance.md`).
 const WALKERS: usize = 256;
 
-/// Units that a multiprocessor runs of a walk for states with fragments.
+/// Units that a multiprocessor runs of a walk for states with fragments, where a plane has one block of channels.
 const STATE_UNITS: usize = 512;
 
 /// A scan: its operands and where they lie.
@@ -188,7 +188,8 @@ impl Ready {
             Some(count) if self.plan.fragments => {
                 let (room, units, walkers) = if backwards {
                     let plan = &self.state_plan;
-                    (STATE_UNITS, plan.walk_units(), self.walkers(plan))
+                    let room = STATE_UNITS / plan.row_blocks;
+                    (room, plan.walk_units(), self.walkers(plan))
                 } else {
                     let plan = &self.plan;
                     (OUTPUT_UNITS, plan.forward_units(), self.walkers(plan))

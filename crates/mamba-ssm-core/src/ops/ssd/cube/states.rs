@@ -397,8 +397,11 @@ fn load_weighted<I: Float, E: Float, V: Size>(
     }
 }
 
-/// Carries the states across segments, with each segment's sum of decays in `totals`: `ends[segment]` becomes the state at which the segment starts
-/// (forwards) or ends (backwards).
+/// Segments whose ends are read at once.
+const AHEAD: usize = 4;
+
+/// Carries the states across segments, with each segment's sum of decays in `totals`: `ends[segment]` becomes the state
+/// at which the segment starts (forwards) or ends (backwards).
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn pass<V: Size>(
     totals: &[f32],
@@ -421,16 +424,36 @@ pub(super) fn pass<V: Size>(
             let start = start.as_vectorized().with_vector_size::<V>();
             state = start[ABSOLUTE_POS];
         }
-        for visit in 0..call.segments {
-            let mut segment = visit;
-            if comptime!(mode.backwards) {
-                segment = call.segments - 1 - visit;
+        let mut added = Array::<Vector<f32, V>>::new(AHEAD);
+        let mut total = Array::<f32>::new(AHEAD);
+        let mut first = 0usize.runtime();
+        while first < call.segments {
+            #[unroll]
+            for n in 0..AHEAD {
+                let segment = segment_of(min(first + n, call.segments - 1), call, mode);
+                let entry = batch * call.segments + segment;
+                added[n] = ends[entry * vectors + inside];
+                total[n] = totals[entry * call.heads + head];
             }
-            let total = totals[(batch * call.segments + segment) * call.heads + head];
-            let place = (batch * call.segments + segment) * vectors + inside;
-            let added = ends[place];
-            ends[place] = state;
-            state = fma(state, Vector::new(total.exp()), added);
+            #[unroll]
+            for n in 0..AHEAD {
+                if first + n < call.segments {
+                    let segment = segment_of(first + n, call, mode);
+                    ends[(batch * call.segments + segment) * vectors + inside] = state;
+                    state = fma(state, Vector::new(total[n].exp()), added[n]);
+                }
+            }
+            first += AHEAD;
         }
     }
+}
+
+/// The segment that is passed after so many.
+#[cube]
+fn segment_of(visit: usize, call: &Call, #[comptime] mode: Direction) -> usize {
+    let mut segment = visit;
+    if comptime!(mode.backwards) {
+        segment = call.segments - 1 - visit;
+    }
+    segment
 }

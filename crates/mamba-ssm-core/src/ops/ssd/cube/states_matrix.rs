@@ -5,8 +5,8 @@
 //! backwards    g <- exp(s[Q]) g + sum_i exp(s[i]) dy[i] C[i]^T
 //! ```
 //!
-//! A cube owns a tile of channels of one batch entry, a plane 16 of them and a part of their state, which
-//! stays where the products are summed: in registers. The next chunk is on its way from memory while this
+//! A cube owns a tile of channels of one batch entry, a plane a block or two of 16 of them and a part of their state,
+//! which stays where the products are summed: in registers. The next chunk is on its way from memory while this
 //! one is multiplied; x meets its weights on the way into shared memory. Bytes: as in `states`.
 
 use cubecl::prelude::*;
@@ -55,10 +55,11 @@ pub(super) struct Part {
 #[cube]
 pub(super) fn part(#[comptime] plan: Plan) -> Part {
     let plane = UNIT_POS as usize / LANES;
-    let blocks = comptime!(plan.channels() / SIDE);
+    let rows = comptime!(plan.row_blocks * SIDE);
+    let shares = comptime!(plan.channels() / rows);
     Part {
-        row: plane % blocks * SIDE,
-        column: plane / blocks * comptime!(plan.state_columns()),
+        row: plane % shares * rows,
+        column: plane / shares * comptime!(plan.state_columns()),
     }
 }
 
@@ -104,7 +105,7 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
 
     let size = call.heads * comptime!(plan.headdim * plan.state);
     let entry = (own.batch * call.segments + own.segment) * size;
-    let mut state = zero_sums(comptime!(plan.state_columns() / NARROW));
+    let mut state = zero_state(plan);
     if comptime!(mode.start) {
         load_state(start, entry, own.first_head, &mut state, plan);
     }
@@ -139,16 +140,7 @@ pub(super) fn walk_matrix<E: Float, S: Float, VX: Size, VN: Size>(
             let entry = (own.batch * call.chunks + chunk) * size;
             store_state::<S>(&state, states, entry, own.first_head, plan);
         }
-        advance::<E>(
-            &tiles.x,
-            &tiles.b,
-            0usize,
-            &tiles.totals,
-            &tiles.decays,
-            &mut state,
-            plan,
-            false,
-        );
+        advance::<E>(&tiles, &mut state, plan);
     }
     if comptime!(mode.ends) {
         store_state::<f32>(&state, last, entry, own.first_head, plan);
@@ -323,51 +315,72 @@ fn put_next<E: Float, VX: Size, VN: Size>(
     put::<E, VX>(&weighted, &mut tiles.x, 0usize, tile_x, units);
 }
 
-/// `state <- decay state + (weights x)^T b`, of the chunk at row `first` of the tiles; where x is not to be weighted, since
-/// it is already, `weights` is not read.
+/// `state <- decay state + x^T b`, of a chunk whose x is weighted.
 #[cube]
-pub(super) fn advance<E: Float>(
-    x_tile: &Shared<[E]>,
-    b_tile: &Shared<[E]>,
-    first: usize,
-    weights: &Shared<[f32]>,
-    decays: &Shared<[f32]>,
-    state: &mut Array<Pair<f32>>,
-    #[comptime] plan: Plan,
-    #[comptime] weigh: bool,
-) {
-    let part = part(plan);
-    let row = part.row;
-    let head = row / comptime!(plan.headdim_padded());
-    let decay = first / comptime!(plan.chunk) * comptime!(plan.heads) + head;
-    let decay = Pair::<f32>::new(decays[decay]);
-    #[unroll]
-    for n in 0..comptime!(2 * plan.state_columns() / NARROW) {
-        state[n] *= decay;
-    }
-    let weights = weights.as_vectorized().with_vector_size::<Const<2>>();
+fn advance<E: Float>(tiles: &WalkTiles<E>, state: &mut Array<Pair<f32>>, #[comptime] plan: Plan) {
+    decay_state(&tiles.decays, 0usize, state, plan);
     #[unroll]
     for step in 0..comptime!(plan.chunk / SIDE) {
-        let token = comptime!(step * SIDE);
-        let k = first + token;
-        let values = left_transposed::<E>(x_tile, row, k, comptime!(plan.stride_x()));
-        let mut weighted = Array::<Pair<E>>::new(4usize);
-        let at = first * comptime!(plan.heads) + head * comptime!(plan.chunk);
-        let at = (at + token + own_column()) / 2;
+        let token = comptime!(step * SIDE).runtime();
+        let mut values = Sequence::<Array<Pair<E>>>::new();
         #[unroll]
-        for n in 0..4usize {
-            if comptime!(weigh) {
-                let weight = weights[at + comptime!(n / 2 * 4)];
-                weighted[n] = Pair::<E>::cast_from(Pair::<f32>::cast_from(values[n]) * weight);
-            } else {
-                weighted[n] = values[n];
-            }
+        for block in 0..comptime!(plan.row_blocks) {
+            let row = part(plan).row + comptime!(block * SIDE);
+            let stride = comptime!(plan.stride_x());
+            values.push(left_transposed::<E>(&tiles.x, row, token, stride));
         }
+        add_products::<E>(&values, &tiles.b, token, state, plan);
+    }
+}
+
+/// A plane's state of nothing.
+#[cube]
+pub(super) fn zero_state(#[comptime] plan: Plan) -> Array<Pair<f32>> {
+    zero_sums(comptime!(plan.row_blocks * plan.state_columns() / NARROW))
+}
+
+/// Where the sums of a block of a plane's rows begin in its state.
+fn sums_of_block(plan: Plan, block: usize) -> usize {
+    block * 2 * plan.state_columns() / NARROW
+}
+
+/// `state <- decay state`, over the chunk at row `first` of the tiles.
+#[cube]
+pub(super) fn decay_state(
+    decays: &Shared<[f32]>,
+    first: usize,
+    state: &mut Array<Pair<f32>>,
+    #[comptime] plan: Plan,
+) {
+    let chunk = first / comptime!(plan.chunk) * comptime!(plan.heads);
+    #[unroll]
+    for block in 0..comptime!(plan.row_blocks) {
+        let row = part(plan).row + comptime!(block * SIDE);
+        let decay = Pair::<f32>::new(decays[chunk + row / comptime!(plan.headdim_padded())]);
         #[unroll]
-        for n in 0..comptime!(plan.state_columns() / SIDE) {
-            let column = part.column + comptime!(n * SIDE);
-            let columns = right::<E>(b_tile, k, column, comptime!(plan.stride_n()));
-            multiply::<E>(&weighted, &columns, state, comptime!(2 * n));
+        for n in 0..comptime!(2 * plan.state_columns() / NARROW) {
+            state[comptime!(sums_of_block(plan, block) + n)] *= decay;
+        }
+    }
+}
+
+/// `state += values b`, of the 16 tokens from row `k` of the tile on; `values` are those of the blocks of a plane's rows.
+#[cube]
+pub(super) fn add_products<E: Float>(
+    values: &Sequence<Array<Pair<E>>>,
+    b_tile: &Shared<[E]>,
+    k: usize,
+    state: &mut Array<Pair<f32>>,
+    #[comptime] plan: Plan,
+) {
+    #[unroll]
+    for n in 0..comptime!(plan.state_columns() / SIDE) {
+        let column = part(plan).column + comptime!(n * SIDE);
+        let columns = right::<E>(b_tile, k, column, comptime!(plan.stride_n()));
+        #[unroll]
+        for block in 0..comptime!(plan.row_blocks) {
+            let sums = comptime!(sums_of_block(plan, block) / 2 + 2 * n);
+            multiply::<E>(values.index(block), &columns, state, sums);
         }
     }
 }
@@ -384,13 +397,14 @@ pub(super) fn store_state<S: Float>(
     let part = part(plan);
     let first_row = part.row + own_row();
     #[unroll]
-    for half in 0..2usize {
+    for half in 0..comptime!(2 * plan.row_blocks) {
         let row = first_row + comptime!(half * 8);
+        let sums = comptime!(sums_of_block(plan, half / 2) + half % 2);
         let place = entry + state_place(first_head, row, 0usize, plan);
         #[unroll]
         for t in 0..comptime!(plan.state_columns() / SIDE) {
-            let first = state[comptime!(4 * t + half)];
-            let second = state[comptime!(4 * t + 2 + half)];
+            let first = state[comptime!(sums + 4 * t)];
+            let second = state[comptime!(sums + 4 * t + 2)];
             if comptime!(plan.vector_n >= 4) {
                 let values = four(first, second);
                 let n = part.column + comptime!(t * SIDE) + four_column();
@@ -428,11 +442,12 @@ pub(super) fn load_state(
     for t in 0..comptime!(plan.state_columns() / NARROW) {
         let n = part.column + comptime!(t * NARROW) + own_column();
         #[unroll]
-        for half in 0..2usize {
+        for half in 0..comptime!(2 * plan.row_blocks) {
             let row = first_row + comptime!(half * 8);
             if state_exists(row, n, plan) {
                 let place = entry + state_place(first_head, row, n, plan);
-                state[comptime!(2 * t + half)] = from[place / 2];
+                let sums = comptime!(sums_of_block(plan, half / 2) + half % 2);
+                state[comptime!(sums + 2 * t)] = from[place / 2];
             }
         }
     }

@@ -4,9 +4,10 @@
 //! dt[t] = clamp(softplus(dt[t] + bias))        s[t] = sum over the chunk up to t of dt A
 //! ```
 //!
-//! A cube owns one chunk and a block of heads; one unit per head adds up. Both results are f32
-//! `[batch, chunks * chunk, heads]`, zero past the end: padding neither decays the state nor adds to it.
-//! Bytes: `dt` read, 8 bytes written per token and head.
+//! A cube owns one chunk and a block of heads, a unit a run of a head's tokens: it adds them up, and then the totals
+//! of the runs before. Sums never rise where steps do not: the last of a run is what the next one begins with. Both
+//! results are f32 `[batch, chunks * chunk, heads]`; steps past the end are zero: padding neither decays the state nor
+//! adds to it. Bytes: `dt` read, 8 bytes written per token and head.
 
 use cubecl::prelude::*;
 
@@ -47,6 +48,9 @@ pub(super) fn carried_step(
 /// Heads that a cube treats.
 pub(super) const HEADS: usize = 16;
 
+/// Tokens of a head that a unit adds up; divides a chunk.
+const RUN: usize = 4;
+
 #[cube(launch, address_type = "dynamic")]
 pub(super) fn steps<T: Float>(
     dt: &[T],
@@ -63,53 +67,70 @@ pub(super) fn steps<T: Float>(
     if CUBE_POS >= call.cubes {
         terminate!();
     }
-    let size = comptime!(plan.chunk * HEADS);
     let blocks = call.heads.div_ceil(HEADS);
     let first_head = CUBE_POS % blocks * HEADS;
     let chunk = CUBE_POS / blocks % call.chunks;
     let batch = CUBE_POS / blocks / call.chunks;
-    let mut step = Shared::<[f32]>::new_slice(size);
-    let mut sum = Shared::<[f32]>::new_slice(size);
+    let first = chunk * comptime!(plan.chunk);
+    let base = batch * call.chunks * comptime!(plan.chunk) + first;
+    let runs = comptime!(plan.chunk / RUN);
+    // Within runs, and of runs.
+    let mut sum = Shared::<[f32]>::new_slice(comptime!(runs * RUN * HEADS));
+    let mut totals = Shared::<[f32]>::new_slice(comptime!(runs * HEADS));
     let mut n = UNIT_POS as usize;
-    while n < size {
+    while n < runs * HEADS {
         let head = first_head + n % HEADS;
-        let token = chunk * comptime!(plan.chunk) + n / HEADS;
-        let mut value = 0.0f32;
-        if token < call.length && head < call.heads {
-            let whole = head / comptime!(plan.parts);
-            let place = call.dt.offset + (batch * call.length + token) * call.dt.row + whole;
-            value = f32::cast_from(dt[place]) + bias[whole];
-            if comptime!(plan.softplus) {
-                value = softplus(One::new(value)).extract(0usize);
-            }
-            value = clamp(value, low, high);
-        }
-        step[n] = value;
-        n += comptime!(plan.team.units);
-    }
-    sync_cube();
-    let mut n = UNIT_POS as usize;
-    while n < HEADS {
-        let rate = a[min(first_head + n, call.heads - 1) / comptime!(plan.parts)];
+        let whole = min(head, call.heads - 1) / comptime!(plan.parts);
+        let (shift, rate) = (bias[whole], a[whole]);
         let mut total = 0.0f32;
-        for row in 0..comptime!(plan.chunk) {
-            total += step[row * HEADS + n] * rate;
-            sum[row * HEADS + n] = total;
+        #[unroll]
+        for r in 0..RUN {
+            let token = n / HEADS * RUN + r;
+            let mut value = 0.0f32;
+            if first + token < call.length {
+                let row = batch * call.length + first + token;
+                let x = f32::cast_from(dt[call.dt.offset + row * call.dt.row + whole]) + shift;
+                value = clamp(positive(x, plan), low, high);
+            }
+            if head < call.heads {
+                steps[(base + token) * call.heads + head] = value;
+            }
+            total += value * rate;
+            sum[n + r * runs * HEADS] = total;
         }
+        totals[n] = total;
         n += comptime!(plan.team.units);
     }
     sync_cube();
-    let base = (batch * call.chunks + chunk) * comptime!(plan.chunk);
     let mut n = UNIT_POS as usize;
-    while n < size {
+    while n < runs * HEADS {
         let head = first_head + n % HEADS;
-        if head < call.heads {
-            let place = (base + n / HEADS) * call.heads + head;
-            steps[place] = step[n];
-            sums[place] = sum[n];
+        let run = n / HEADS;
+        let mut before = 0.0f32;
+        #[unroll]
+        for other in 0..runs {
+            let total = totals[other * HEADS + n % HEADS];
+            before = select(other < run, before + total, before);
+        }
+        #[unroll]
+        for r in 0..RUN {
+            if head < call.heads {
+                let token = run * RUN + r;
+                sums[(base + token) * call.heads + head] = before + sum[n + r * runs * HEADS];
+            }
         }
         n += comptime!(plan.team.units);
     }
+}
+
+/// A step before it is bounded.
+#[cube]
+fn positive(x: f32, #[comptime] plan: Plan) -> f32 {
+    let mut value = x;
+    if comptime!(plan.softplus) {
+        value = softplus(One::new(x)).extract(0usize);
+    }
+    value
 }
 
 /// The gradient of what `dt` holds from that of the step: through the clamp and the softplus.
@@ -138,10 +159,9 @@ pub(super) fn steps_backward<T: Float>(
         let from =
             (batch * call.chunks * comptime!(plan.chunk) + token) * call.heads + head * parts;
         let x = f32::cast_from(dt[call.dt.offset + row * call.dt.row + head]) + bias[head];
-        let mut step = x;
+        let step = positive(x, plan);
         let mut slope = 1.0f32;
         if comptime!(plan.softplus) {
-            step = softplus(One::new(x)).extract(0usize);
             slope = sigmoid(One::new(x)).extract(0usize);
         }
         if step < low || step > high {
