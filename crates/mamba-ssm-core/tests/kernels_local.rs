@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Device, FloatDType, Gradients, Tensor, TensorData};
 use mamba_ssm_core::{ConvInput, GatedNormInput, GatedNormOptions, causal_conv1d, gated_rms_norm};
 
-use crate::kernels::{compare, devices, leaf, rounded};
+use crate::kernels::{cases, compare, leaf, rounded};
 use crate::support::{normal, seed, values};
 
 type Named = Vec<(&'static str, Vec<f64>)>;
@@ -75,23 +75,21 @@ fn convolutions() {
         (3, 2, 16, 4),
     ];
     let flex = Device::flex();
-    for (device, dtypes) in devices() {
+    for (device, dtype) in cases() {
         for (index, (batch, length, channels, width)) in shapes.into_iter().enumerate() {
-            for dtype in dtypes.clone() {
-                seed(17);
-                let input = ConvInput {
-                    x: rounded(normal([batch, length, channels], &flex), dtype),
-                    weight: rounded(normal([channels, width], &flex), FloatDType::F32),
-                    bias: (index != 3).then(|| rounded(normal([channels], &flex), FloatDType::F32)),
-                    initial_state: (index != 1)
-                        .then(|| rounded(normal([batch, width - 1, channels], &flex), dtype)),
-                    activation: index != 2,
-                };
-                let expected = run_conv(&input, &flex, FloatDType::F64);
-                let found = run_conv(&input, &device, dtype);
-                let what = format!("{:?} {dtype:?} on {device:?}", shapes[index]);
-                compare(&what, &found, &expected, dtype);
-            }
+            seed(17);
+            let input = ConvInput {
+                x: rounded(normal([batch, length, channels], &flex), dtype),
+                weight: rounded(normal([channels, width], &flex), FloatDType::F32),
+                bias: (index != 3).then(|| rounded(normal([channels], &flex), FloatDType::F32)),
+                initial_state: (index != 1)
+                    .then(|| rounded(normal([batch, width - 1, channels], &flex), dtype)),
+                activation: index != 2,
+            };
+            let expected = run_conv(&input, &flex, FloatDType::F64);
+            let found = run_conv(&input, &device, dtype);
+            let what = format!("{:?} {dtype:?} on {device:?}", shapes[index]);
+            compare(&what, &found, &expected, dtype);
         }
     }
 }
@@ -131,25 +129,23 @@ fn gated_norms() {
         (1, 33, 96, 96),
     ];
     let flex = Device::flex();
-    for (device, dtypes) in devices() {
+    for (device, dtype) in cases() {
         for (index, (batch, length, dim, group)) in shapes.into_iter().enumerate() {
-            for dtype in dtypes.clone() {
-                seed(19);
-                let input = GatedNormInput {
-                    x: rounded(normal([batch, length, dim], &flex), dtype),
-                    z: (index != 2).then(|| rounded(normal([batch, length, dim], &flex), dtype)),
-                    weight: rounded(normal([dim], &flex), FloatDType::F32),
-                };
-                let options = GatedNormOptions {
-                    group_size: Some(group),
-                    norm_before_gate: index == 1,
-                    ..GatedNormOptions::default()
-                };
-                let expected = run_norm(&input, &options, &flex, FloatDType::F64);
-                let found = run_norm(&input, &options, &device, dtype);
-                let what = format!("{:?} {dtype:?} on {device:?}", shapes[index]);
-                compare(&what, &found, &expected, dtype);
-            }
+            seed(19);
+            let input = GatedNormInput {
+                x: rounded(normal([batch, length, dim], &flex), dtype),
+                z: (index != 2).then(|| rounded(normal([batch, length, dim], &flex), dtype)),
+                weight: rounded(normal([dim], &flex), FloatDType::F32),
+            };
+            let options = GatedNormOptions {
+                group_size: Some(group),
+                norm_before_gate: index == 1,
+                ..GatedNormOptions::default()
+            };
+            let expected = run_norm(&input, &options, &flex, FloatDType::F64);
+            let found = run_norm(&input, &options, &device, dtype);
+            let what = format!("{:?} {dtype:?} on {device:?}", shapes[index]);
+            compare(&what, &found, &expected, dtype);
         }
     }
 }

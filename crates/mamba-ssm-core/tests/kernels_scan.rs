@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Device, FloatDType, Gradients, Tensor, TensorData};
 use mamba_ssm_core::{ScanInput, ScanOptions, ScanOutput, selective_scan};
 
-use crate::kernels::{compare, devices, leaf, rounded};
+use crate::kernels::{cases, compare, devices, finite_and_close, leaf, rounded};
 use crate::support::{assert_close, normal, seed, uniform, values};
 
 type Named = Vec<(&'static str, Vec<f64>)>;
@@ -172,20 +172,18 @@ fn check(
 }
 
 fn check_everywhere(s: Shape, layouts: &[ChannelsLast]) {
-    for (device, dtypes) in devices() {
-        for dtype in dtypes {
-            seed(7);
-            let input = operands(s, dtype);
-            for layout in layouts {
-                let options = ScanOptions::default();
-                check(
-                    &format!("{s:?}"),
-                    &input,
-                    &options,
-                    (&device, dtype),
-                    *layout,
-                );
-            }
+    for (device, dtype) in cases() {
+        seed(7);
+        let input = operands(s, dtype);
+        for layout in layouts {
+            let options = ScanOptions::default();
+            check(
+                &format!("{s:?}"),
+                &input,
+                &options,
+                (&device, dtype),
+                *layout,
+            );
         }
     }
 }
@@ -286,58 +284,74 @@ fn scans_of_long_sequences() {
 /// Small steps, so that what one chunk leaves still counts several chunks later.
 #[test]
 fn scans_that_remember() {
-    for (device, dtypes) in devices() {
-        for dtype in dtypes {
-            seed(9);
-            let input = operands(
-                Shape {
-                    length: 127,
-                    ..SMALL
-                },
-                dtype,
-            );
-            let delta_bias = input.delta_bias.clone();
-            let delta_bias = delta_bias.map(|bias| rounded(bias - 5.0, FloatDType::F32));
-            let input = ScanInput {
-                delta_bias,
-                ..input
-            };
-            let options = ScanOptions::default();
-            check("small steps", &input, &options, (&device, dtype), false);
-        }
+    for (device, dtype) in cases() {
+        seed(9);
+        let input = operands(
+            Shape {
+                length: 127,
+                ..SMALL
+            },
+            dtype,
+        );
+        let delta_bias = input.delta_bias.clone();
+        let delta_bias = delta_bias.map(|bias| rounded(bias - 5.0, FloatDType::F32));
+        let input = ScanInput {
+            delta_bias,
+            ..input
+        };
+        let options = ScanOptions::default();
+        check("small steps", &input, &options, (&device, dtype), false);
+    }
+}
+
+/// |delta| to 50 before the softplus and |A| to 100.
+#[test]
+fn scans_of_the_largest_steps_and_rates() {
+    for (device, dtype) in cases() {
+        seed(15);
+        let (length, flex) = (127, Device::flex());
+        let input = ScanInput {
+            delta: rounded(uniform([2, 3, length], (-50.0, 50.0), &flex), dtype),
+            delta_bias: None,
+            a: rounded(uniform([3, 16], (-100.0, -1e-3), &flex), FloatDType::F32),
+            ..operands(Shape { length, ..SMALL }, dtype)
+        };
+        let options = ScanOptions::default();
+        let expected = run(&input, &options, &flex, FloatDType::F64, false);
+        let found = run(&input, &options, &device, dtype, false);
+        let what = format!("{dtype:?} on {device:?}");
+        finite_and_close(&what, &found, &expected, dtype);
     }
 }
 
 #[test]
 fn scans_without_what_they_may_lack() {
-    for (device, dtypes) in devices() {
-        for dtype in dtypes {
-            seed(11);
-            let full = operands(
-                Shape {
-                    length: 37,
-                    ..SMALL
-                },
-                dtype,
-            );
-            let bare = ScanInput {
-                d: None,
-                z: None,
-                delta_bias: None,
-                initial_state: None,
-                ..full.clone()
-            };
-            let options = ScanOptions::default();
-            check("bare", &bare, &options, (&device, dtype), false);
-            let positive = ScanInput {
-                delta: full.delta.clone().abs(),
-                ..bare
-            };
-            let options = ScanOptions {
-                delta_softplus: false,
-            };
-            check("no softplus", &positive, &options, (&device, dtype), false);
-        }
+    for (device, dtype) in cases() {
+        seed(11);
+        let full = operands(
+            Shape {
+                length: 37,
+                ..SMALL
+            },
+            dtype,
+        );
+        let bare = ScanInput {
+            d: None,
+            z: None,
+            delta_bias: None,
+            initial_state: None,
+            ..full.clone()
+        };
+        let options = ScanOptions::default();
+        check("bare", &bare, &options, (&device, dtype), false);
+        let positive = ScanInput {
+            delta: full.delta.clone().abs(),
+            ..bare
+        };
+        let options = ScanOptions {
+            delta_softplus: false,
+        };
+        check("no softplus", &positive, &options, (&device, dtype), false);
     }
 }
 
@@ -398,17 +412,15 @@ fn scans_of_parts_join_to_the_whole() {
 
 #[test]
 fn scans_repeat_to_the_bit() {
-    for (device, dtypes) in devices() {
-        for dtype in dtypes {
-            seed(15);
-            let shape = Shape {
-                dim: 40,
-                length: 64,
-                ..SMALL
-            };
-            let input = operands(shape, dtype);
-            let run = || run(&input, &ScanOptions::default(), &device, dtype, false);
-            assert!(run() == run(), "{dtype:?} on {device:?}");
-        }
+    for (device, dtype) in cases() {
+        seed(15);
+        let shape = Shape {
+            dim: 40,
+            length: 64,
+            ..SMALL
+        };
+        let input = operands(shape, dtype);
+        let run = || run(&input, &ScanOptions::default(), &device, dtype, false);
+        assert!(run() == run(), "{dtype:?} on {device:?}");
     }
 }
