@@ -1,6 +1,9 @@
 //! What the benchmarks share. Each measures the default device of the features it was built with: an
 //! accelerator where there is one.
 
+#[cfg(feature = "cubek")]
+pub mod cubek;
+
 use std::cell::OnceCell;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
