@@ -62,6 +62,7 @@ pub(crate) fn column_key(words: [u32; 4], j: usize) -> u32 {
 }
 
 /// The hash of a position, below `2^30`.
+#[cfg(any(test, feature = "flex"))]
 #[inline(always)]
 pub(crate) fn hash(row: u32, column: u32) -> u32 {
     let x = row ^ column;
